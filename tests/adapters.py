@@ -1,4 +1,4 @@
-"""Small LoRA adapters in PEFT's format, with weights that are random and always the same."""
+"""Small LoRA adapters in PEFT's format, with random but reproducible weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_adapter(
     strength: float = 1.0,
     **config: Any,
 ) -> Path:
-    """An adapter for one of the tiny models; `strength` is how far it moves its answers."""
+    """Write an adapter for one of the tiny models; `strength` is how far it changes answers."""
     shapes = {
         name.removesuffix(".weight"): shape
         for name, shape in shapes_of(MODELS / base).items()
@@ -42,8 +42,8 @@ def write_adapter_for(
     strength: float = 1.0,
     **config: Any,
 ) -> Path:
-    """An adapter for layers of these shapes, (outputs, inputs)."""
-    draw = random.Random(seed)  # noqa: S311  # no secret
+    """Write an adapter for layers of these shapes, (outputs, inputs)."""
+    draw = random.Random(seed)  # noqa: S311  # not a secret
     weights: dict[str, tuple[list[int], list[float]]] = {}
     for layer, (outputs, inputs) in shapes.items():
         for letter, shape in (("A", [rank, inputs]), ("B", [outputs, rank])):

@@ -26,20 +26,20 @@ ON_VLLM = Path(__file__).parent / "integration"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Where no test on the real vLLM is wanted, their files are not read: it takes seconds."""
+    """Skip files of tests on the real vLLM where none is wanted: reading them takes seconds."""
     is_unwanted = "not vllm" in config.option.markexpr and collection_path == ON_VLLM
     return True if is_unwanted else None
 
 
 @pytest.fixture(autouse=True)
 def nothing_aside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a server in this process has set aside counts for no other test."""
+    """Reset what servers in this process have set aside."""
     monkeypatch.setattr(forgotten, "_aside", {})
 
 
 @pytest.fixture
 async def make_server() -> AsyncIterator[MakeServer]:
-    """Starts servers with other settings than the usual ones."""
+    """Starts servers with other than the usual settings."""
     servers: list[Server] = []
 
     async def make(**kwargs: object) -> Server:
@@ -55,13 +55,13 @@ async def make_server() -> AsyncIterator[MakeServer]:
 
 @pytest.fixture
 async def server(make_server: MakeServer) -> Server:
-    """llama is active, qwen is parked, mistral is cold."""
+    """A server on which llama is active, qwen is parked, mistral is cold."""
     return await make_server()
 
 
 @pytest.fixture
 def play() -> Iterator[Play]:
-    """Runs a story on a server of its own, under virtual time."""
+    """Runs a story on a separate server, under virtual time."""
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
 

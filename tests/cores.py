@@ -1,4 +1,4 @@
-"""Cores for servers of tests, where several run side by side."""
+"""CPU cores for test servers that run side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ALL_CORES = frozenset(os.sched_getaffinity(0))
 
 
 def share_of_cores() -> frozenset[int]:
-    """Those of this worker, where several run tests side by side.
+    """Return this worker's cores, where several workers run tests side by side.
 
     Threads of two engine hosts that wait for each other on the same cores would take turns in
     slices of milliseconds.
@@ -24,7 +24,7 @@ def share_of_cores() -> frozenset[int]:
 
 @contextmanager
 def on_cores(cores: frozenset[int]) -> Iterator[None]:
-    """What is started meanwhile may use these cores."""
+    """Restrict what is started inside to these cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     yield

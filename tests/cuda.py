@@ -1,8 +1,8 @@
-"""libcuda without a GPU: what `host.cuda_driver` calls of it, over memory files of this machine.
+"""libcuda without a GPU: the calls that `host.cuda_driver` uses, over memory files.
 
-Device memory is real, and so is its lack: physical memory is a memory file, reserved addresses are
-a mapping that nobody may touch, and a mapping of the file takes its place. So a touch of memory
-that is not there ends the process. Copies are done when somebody waits for them, and no earlier.
+Device memory is real, and can run out. Physical memory is a memory file. Reserved addresses are an
+inaccessible mapping, which a mapping of the file replaces. So touching memory that does not exist
+kills the process. Copies run when they are waited for, and not earlier.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Physical:
 
 @dataclass
 class Copy:
-    """What a stream has been told to do."""
+    """A copy that a stream has to do."""
 
     address: int
     nbytes: int
@@ -67,9 +67,9 @@ class FakeCuda:
     most: int = 0
     """The most bytes that were ever in use."""
     fails_at: int | None = None
-    """How many calls go well before one fails; None: all do."""
+    """Number of calls that succeed before one fails; None: all succeed."""
     fails_at_name: tuple[str, int] | None = None
-    """The same for the calls of one name."""
+    """The same for calls of one name."""
     refuses: set[str] = field(default_factory=set)
     """Names of calls that always fail."""
     others: int = 0
@@ -83,7 +83,7 @@ class FakeCuda:
         self.pinned: set[int] = set()
         self.streams: dict[int, list[Copy]] = {}
         self.failed: str | None = None
-        """The call that has failed by `fails_at`."""
+        """The call that `fails_at` made fail."""
         self._next = 1000
 
     def __getattr__(self, name: str) -> Callable[..., int]:
@@ -116,7 +116,7 @@ class FakeCuda:
 
     @property
     def left(self) -> dict[str, int]:
-        """What has not been given back; streams aside."""
+        """Everything that was not released, except streams."""
         kinds = {
             "addresses": len(self.reserved),
             "memory": len(self.physical),
@@ -286,10 +286,10 @@ class FakeCuda:
 
 
 def read(address: int, nbytes: int) -> bytes:
-    """What is in device memory."""
+    """Return the contents of device memory."""
     return ctypes.string_at(address, nbytes)
 
 
 def write(address: int, content: bytes) -> None:
-    """Put something into device memory, as a kernel would."""
+    """Write to device memory, as a kernel would."""
     ctypes.memmove(address, content, len(content))

@@ -1,4 +1,4 @@
-"""How often a property is tried: a bounded part each time, ten times that in `make test-long`."""
+"""Number of examples per property: bounded by default, ten times that in `make test-long`."""
 
 from __future__ import annotations
 

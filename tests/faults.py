@@ -1,4 +1,4 @@
-"""What tests of faults inject: failpoints of a running server, and clients that behave badly."""
+"""Fault injection for tests: failpoints of a running server, and clients that behave badly."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Faults:
 
     @property
     def variable(self) -> str:
-        """The specification with which the server is to be started."""
+        """The specification with which the server has to be started."""
         return f"@{self._path}"
 
     def inject(self, rules: str) -> None:
-        """From now on, these rules and no others count."""
+        """Replace all rules by these."""
         new = self._path.with_suffix(".new")
         new.write_text(rules)
         new.replace(self._path)
@@ -32,14 +32,14 @@ class Faults:
         self.inject("")
 
     def hits(self, place: str) -> int:
-        """How often a rule for this place was followed, under whatever specification."""
+        """Return how often rules for this place were followed, under any specification."""
         hits = self._path.with_name(self._path.name + ".hits")
         lines = hits.read_text().splitlines() if hits.exists() else []
         return sum(f" {place}" in line for line in lines)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> float:
-    """Wait for a condition; returns the seconds that it took."""
+    """Wait for a condition; return the seconds that it took."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout_s, "the condition did not come true in time"
@@ -48,7 +48,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> float:
 
 
 class RawClient:
-    """A connection, as a context, for what well-behaved HTTP clients do not do."""
+    """A connection, as a context manager, for what well-behaved HTTP clients do not do."""
 
     def __init__(self, port: int, receive_bytes: int | None = None) -> None:
         self._socket = socket.socket()
@@ -58,7 +58,7 @@ class RawClient:
         self._socket.connect(("127.0.0.1", port))
 
     def post(self, path: str, body: object) -> RawClient:
-        """Send a request; the answer is not read."""
+        """Send a request without reading the answer."""
         content = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         self._socket.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
@@ -68,7 +68,7 @@ class RawClient:
         self._socket.sendall(content)
 
     def read(self, size: int = 65536) -> bytes:
-        """What has come; empty at the end of the connection."""
+        """Return what has arrived; empty at the end of the connection."""
         try:
             return self._socket.recv(size)
         except ConnectionResetError:
@@ -87,6 +87,6 @@ class RawClient:
         self._socket.close()
 
     def reset(self) -> None:
-        """Leave as a client does that was killed: with RST instead of FIN."""
+        """Close as a killed client does: with RST instead of FIN."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()

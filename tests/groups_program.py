@@ -1,6 +1,6 @@
-"""Makes, uses and destroys gloo groups as workers do, and prints what was seen as JSON.
+"""Make, use and destroy gloo groups as workers do, and print the results as JSON.
 
-`python -m tests.groups_program [stranger]`: with that word, another user connects meanwhile.
+`python -m tests.groups_program [stranger]`: with that word, another user connects at the same time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOBODY = 65_534
 
 
 def listening(pid: int) -> list[int]:
-    """TCP ports on which a process listens."""
+    """Return the TCP ports on which a process listens."""
     return [
         connection.laddr.port
         for connection in psutil.Process(pid).net_connections(kind="tcp")
@@ -36,7 +36,7 @@ def meet(store: Path, rank: int, size: int) -> None:
 
 
 def use(rank: int, size: int) -> dict[str, object]:
-    """What this member sees of three groups, before and after all of them are destroyed."""
+    """Return what this member sees of three groups, before and after they are destroyed."""
     groups = [dist.new_group(range(size), backend="gloo") for _ in range(2)]
     ports = listening(os.getpid())
     told: list[int | None] = [None] * size

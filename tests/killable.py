@@ -1,7 +1,8 @@
 """`python -m tests.killable PORT [SETTINGS]`: a whole server whose engine host can be killed.
 
-Everything is real but vLLM: uvicorn, the coordinator, the link, the host process. SETTINGS is JSON:
-`switching`, `limits` and `recovery` as in the YAML file; `shutdown_timeout`, `token_s`, `slices`.
+Everything except vLLM is real: uvicorn, the coordinator, the link, the host process. SETTINGS is
+JSON: `switching`, `limits` and `recovery` as in the YAML file; `shutdown_timeout`, `token_s`,
+`slices`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from vllm_hotswap.testing.fake_process import FakeProcessHost
 ALIASES = ("llama", "qwen", "mistral")
 LOADED = ("llama", "qwen")
 TWO_MODELS = 4 << 20
-"""The memory budget: a third model has another one put to sleep."""
+"""The memory budget: a third model makes the server put another one to sleep."""
 
 
 def main(port: int, settings: dict[str, Any]) -> int:
@@ -61,7 +62,7 @@ def main(port: int, settings: dict[str, Any]) -> int:
 
 
 class KillableServer:
-    """Such a server in a process of its own, with failpoints; ended with the context."""
+    """Such a server in a separate process, with failpoints; the context's end stops it."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.port = free_port()
@@ -123,7 +124,7 @@ class KillableServer:
         return self.client.post("/v1/models/switch", json={"model": alias, **body})
 
     def serves_all(self) -> bool:
-        """Every model can be switched to, and answers as itself."""
+        """Check that every model can be switched to and gives its own answers."""
         for alias in ALIASES:
             switched = self.switch(alias)
             assert switched.status_code == 200, switched.text

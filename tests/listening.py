@@ -1,4 +1,4 @@
-"""A server on fake engines behind a real socket, and clients that send whatever bytes they like."""
+"""A server on fake engines behind a real socket, and clients that send arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from vllm_hotswap.listen import Listener, ListenFlags
 from vllm_hotswap.settings import LimitsConfig
 
 PATIENCE_S = 30.0
-"""How long a test waits for what must come."""
+"""How long a test waits for something that must happen."""
 
 
 @dataclass(frozen=True)
 class Listening:
-    """Where a server listens, and what uvicorn knows of it."""
+    """The address of a server, and what uvicorn knows about it."""
 
     port: int
     state: ServerState
     shared: Connections
-    """What its connections share."""
+    """State that its connections share."""
     acceptors: list[Acceptor]
     """Its listening sockets."""
 
@@ -41,7 +41,7 @@ class Listening:
 async def listening(
     server: Server, limits: LimitsConfig | None = None, **given: object
 ) -> AsyncIterator[int]:
-    """The server behind a real socket, with vLLM's flags as given; gives its port."""
+    """Run the server behind a real socket, with these flags of vLLM; yield its port."""
     async with listening_with(server, limits, **given) as at:
         yield at.port
 
@@ -54,7 +54,7 @@ async def listening_with(
     log_config: dict[str, Any] | None = None,
     **given: object,
 ) -> AsyncIterator[Listening]:
-    """The same, with flags of ours."""
+    """The same, with flags of our own."""
     listener = Listener.open(flags(**given), log_config, flags=listen)
     app = server.app
     config = listener.uvicorn_config(app, limits, app.may_use_kept_place, app.outlook)
@@ -66,7 +66,7 @@ async def listening_with(
 async def listening_to(
     app: ASGIApp, limits: LimitsConfig | None = None, log_config: dict[str, Any] | None = None
 ) -> AsyncIterator[Listening]:
-    """Any application behind such a socket."""
+    """Run any application behind such a socket."""
     listener = Listener.open(flags(), log_config)
     async with _serving(listener, listener.uvicorn_config(app, limits)) as at:
         yield at
@@ -94,7 +94,7 @@ async def _serving(listener: Listener, config: Config) -> AsyncIterator[Listenin
 
 @dataclass
 class Told:
-    """One answer, as it came."""
+    """One response as it arrived."""
 
     status: int
     headers: dict[str, str]
@@ -102,7 +102,7 @@ class Told:
 
     @property
     def code(self) -> str | None:
-        """That of the error, if the answer is one of ours."""
+        """The error's code, if the response is one of ours."""
         if self.headers.get("content-type") != "application/json":
             return None
         error = json.loads(self.body).get("error")
@@ -110,24 +110,24 @@ class Told:
 
     @property
     def ends(self) -> bool:
-        """Whether it says that the connection ends."""
+        """Whether it says that the connection closes."""
         return self.headers.get("connection") == "close"
 
 
 class Raw:
-    """A client's connection."""
+    """The connection of a client."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
 
     @classmethod
     async def connect(cls, port: int, host: str = "127.0.0.1", source: str | None = None) -> Raw:
-        """`source`: the address that it comes from."""
+        """Connect; `source` is the address of the client."""
         own = None if source is None else (source, 0)
         return cls(*await asyncio.open_connection(host, port, limit=1 << 24, local_addr=own))
 
     async def send(self, *pieces: bytes) -> Raw:
-        """Each in a segment of its own. What the server refuses to take is not sent."""
+        """Send each in a separate segment. Bytes that the server refuses to read are not sent."""
         with contextlib.suppress(ConnectionError):
             for piece in pieces:
                 self._writer.write(piece)
@@ -141,7 +141,7 @@ class Raw:
         return await self.answer()
 
     async def answer(self) -> Told:
-        """The next one; its body as long as it says, or to the end of the connection."""
+        """Read the next response; its body has its stated length, or ends with the connection."""
         async with asyncio.timeout(PATIENCE_S):
             head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             status, *lines = head.rstrip().split("\r\n")
@@ -150,7 +150,7 @@ class Raw:
             return Told(int(status.split()[1]), headers, await self._reader.readexactly(size))
 
     async def rest(self) -> bytes:
-        """Whatever comes until the server closes the connection."""
+        """Read until the server closes the connection."""
         async with asyncio.timeout(PATIENCE_S):
             with contextlib.suppress(ConnectionError):
                 return await self._reader.read()
@@ -158,11 +158,11 @@ class Raw:
 
     @property
     def unsent(self) -> int:
-        """Bytes that the system has not taken yet."""
+        """Return the number of bytes that the system has not accepted yet."""
         return self._writer.transport.get_write_buffer_size()
 
     def abort(self) -> None:
-        """Go at once, whatever is still to be sent."""
+        """Close at once, whatever remains to be sent."""
         self._writer.transport.abort()
 
     async def close(self) -> None:
@@ -172,7 +172,7 @@ class Raw:
 
 
 async def exchange(port: int, *pieces: bytes) -> tuple[Told, bytes]:
-    """The first answer to such bytes, and what comes after it until the server closes."""
+    """Return the first response to such bytes, and what follows until the server closes."""
     client = await Raw.connect(port)
     await client.send(*pieces)
     told = await client.answer()

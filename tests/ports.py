@@ -1,4 +1,4 @@
-"""Ports for servers of tests, of which no two are alike, whichever process asks."""
+"""Ports for test servers, unique over all test processes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import socket
 from collections.abc import Iterator
 
 FIRST, PER_WORKER, WORKERS = 18_000, 800, 17
-"""Below the range from which Linux gives ports to clients (32768 and up), 800 for each worker."""
+"""Below the range from which Linux takes client ports (32768 and up), 800 for each worker."""
 
 
 def _worker() -> int:
-    """The number of this process among those that run tests side by side; 0 if it is alone."""
+    """Return this process's number among the test workers; 0 if it is alone."""
     name = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
     return int(name.removeprefix("gw")) % WORKERS
 
 
 def _mine() -> Iterator[int]:
     first = FIRST + PER_WORKER * _worker()
-    # Another run of the tests may be under way: begin elsewhere.
+    # Another test run may be under way: begin elsewhere.
     offset = os.getpid() % PER_WORKER
     return itertools.cycle([first + (offset + number) % PER_WORKER for number in range(PER_WORKER)])
 
@@ -28,7 +28,7 @@ _ports = _mine()
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 on which nobody listens, and which no other worker will be given."""
+    """Return a free TCP port of 127.0.0.1, which no other worker gets."""
     for port in itertools.islice(_ports, PER_WORKER):
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

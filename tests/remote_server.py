@@ -1,4 +1,4 @@
-"""Servers that listen, for commands that call one: on fake engines, or with one canned answer."""
+"""Servers for tests of client commands: on fake engines, or with one canned answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import Server
 
 @dataclass
 class Listening:
-    """A server, its loop, and where it listens."""
+    """A server, its loop and its URL."""
 
     url: str
     server: Server
@@ -27,7 +27,7 @@ class Listening:
 
 @contextmanager
 def listening_server(uds: Path | None = None, **kwargs: object) -> Iterator[Listening]:
-    """A server on fake engines, in a thread of its own; on a port, or a Unix domain socket."""
+    """Run a server on fake engines in a separate thread, on a port or a Unix domain socket."""
     if uds is None:
         sock = socket.create_server(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -58,17 +58,17 @@ def listening_server(uds: Path | None = None, **kwargs: object) -> Iterator[List
 
 @dataclass
 class Canned:
-    """Something that listens, and says the same bytes to everybody who has asked."""
+    """A listener that sends the same bytes to every client that has sent a request."""
 
     url: str
     answer: bytes | None = b""
-    """None: it never says anything."""
+    """None: it never sends anything."""
     asked: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
 def canned_server() -> Iterator[Canned]:
-    """One, in a thread of its own, that says nothing and hangs up until `answer` is set."""
+    """Run one in a separate thread; until `answer` is set, it closes connections silently."""
     sock = socket.create_server(("127.0.0.1", 0))
     canned = Canned(f"http://127.0.0.1:{sock.getsockname()[1]}")
     silent: list[socket.socket] = []

@@ -1,4 +1,4 @@
-"""A helper that does what it is told, as Python: it stands for a native library."""
+"""A helper that runs given Python code in place of a native library."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ helper_process.main()
 """
 
 SCRIPTED = [sys.executable, "-c", PROGRAM, str(Path(helpers.__file__).parent)]
-"""The command for `Helpers`."""
+"""Return the command for `Helpers`."""

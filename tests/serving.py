@@ -1,6 +1,6 @@
-"""`python -m tests.serving`: the whole server on fake engines, in a process of its own.
+"""`python -m tests.serving`: the whole server on fake engines, in a separate process.
 
-Its model answers nothing until it is told to stop, and it would wait a minute for its requests.
+Its model answers nothing until the server is stopped, which would wait a minute for its requests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm_hotswap.testing.fake_server import parse_flags
 
 
 def flags(**given: object) -> argparse.Namespace:
-    """Flags of the server as vLLM's parser gives them, on 127.0.0.1."""
+    """Return the server's flags as vLLM's parser gives them, on 127.0.0.1."""
     quiet = {"uvicorn_log_level": "warning", "disable_uvicorn_access_log": True}
     parsed, _ = parse_flags(["--port", "0"])
     return argparse.Namespace(**{**vars(parsed), **quiet, **given})

@@ -1,6 +1,6 @@
-"""A whole server on fake engines, in this process, and clients that read it as slowly as a test.
+"""A whole server on fake engines, in this process, and clients whose reading a test controls.
 
-`settled` is what tests wait with: it returns when nothing can go on by itself any more.
+Tests wait with `settled`: it returns when nothing can continue by itself.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ OPEN = Access(dev_mode=True)
 
 
 async def settled() -> None:
-    """Wait until nothing can go on by itself."""
+    """Wait until nothing can continue by itself."""
     loop: Any = asyncio.get_running_loop()
     await asyncio.sleep(0)
-    while loop._ready:  # noqa: ASYNC110  # everybody else's turn, not a time
+    while loop._ready:  # noqa: ASYNC110  # other tasks get turns; no time is waited for
         await asyncio.sleep(0)
 
 
@@ -50,7 +50,7 @@ class Recorder:
 
 @dataclass
 class Answer:
-    """What a client got. `complete` is false if the server gave up before the end."""
+    """A client's response. `complete` is false if the server stopped before the end."""
 
     status: int
     headers: dict[str, str]
@@ -72,7 +72,7 @@ class Answer:
 
 @dataclass
 class Stream:
-    """A client that takes one event at a time; the server is at most one event ahead."""
+    """A client that reads one event at a time; the server is at most one event ahead."""
 
     app: Any
     scope: dict[str, Any]
@@ -94,7 +94,7 @@ class Stream:
         self._to_app.put_nowait(message)
 
     async def next_event(self) -> str | None:
-        """The next piece of the body, None after the last one."""
+        """Return the next piece of the body, None after the last one."""
         while (message := await self._from_app.get()) is not None:
             self._credit.release()
             if message["type"] == "http.response.start":
@@ -111,7 +111,7 @@ class Stream:
         return self._answer
 
     def disconnect(self) -> None:
-        """Leave. What the server sends from now on is lost."""
+        """Disconnect. Whatever the server sends from now on is lost."""
         self.say({"type": "http.disconnect"})
         for _ in range(1000):
             self._credit.release()
@@ -136,7 +136,7 @@ class Stream:
 
 @dataclass
 class Websocket:
-    """A client that has asked for a websocket. What it is sent is in `received`."""
+    """A client that requests a WebSocket. `received` has the messages that it gets."""
 
     app: Any
     scope: dict[str, Any]
@@ -165,7 +165,7 @@ class Websocket:
 
     @property
     def denial(self) -> tuple[int, dict[str, Any]]:
-        """Status and error of a websocket that was refused with an HTTP answer."""
+        """Return status and error of a WebSocket that was refused with an HTTP answer."""
         start, body = self.received
         return start["status"], json.loads(body["body"])["error"]
 
@@ -233,7 +233,7 @@ class Server:
         await self._client.aclose()
         await self.host.stop()
 
-    # --- what clients do ----------------------------------------------------------------
+    # --- actions of clients -------------------------------------------------------------
 
     async def get(self, path: str, **kwargs: Any) -> httpx.Response:
         return await self._client.get(path, **kwargs)
@@ -247,7 +247,7 @@ class Server:
     def ask(
         self, alias: str | None, *, name: str = "", path: str = CHAT, **body: Any
     ) -> asyncio.Task[httpx.Response]:
-        """Begin a request that is answered in one piece."""
+        """Start a request that is answered in one piece."""
         content = body if alias is None else {"model": alias, **body}
         task = self._keep(self.post(path, json=content))
         task.add_done_callback(lambda _: self.answered.append(name))
@@ -256,25 +256,25 @@ class Server:
     def switch(
         self, alias: str, drain_timeout: float | None = None
     ) -> asyncio.Task[httpx.Response]:
-        """Begin a call to the switch endpoint."""
+        """Start a call to the switch endpoint."""
         body = {"model": alias}
         if drain_timeout is not None:
             body["drain_timeout"] = drain_timeout
         return self._keep(self.post("/v1/models/switch", json=body))
 
     def operate(self, alias: str, name: str, **body: Any) -> asyncio.Task[httpx.Response]:
-        """Begin a call to one of the operations on a model."""
+        """Start a call to one of the operations on a model."""
         return self._keep(self.post(f"/admin/models/{alias}/{name}", json=body))
 
     def stream(self, alias: str | None, *, path: str = CHAT, words: int = 3) -> Stream:
-        """Begin a request that is answered as a stream, without waiting for anything."""
+        """Start a request that is answered as a stream, without waiting for anything."""
         body: dict[str, Any] = {"stream": True, "max_tokens": words}
         if alias is not None:
             body["model"] = alias
         return self.request("POST", path, json.dumps(body).encode())
 
     def request(self, method: str, path: str, *parts: bytes, **scope: Any) -> Stream:
-        """Begin any request, its body in parts."""
+        """Start any request, its body in parts."""
         stream = Stream(
             self.app,
             {
@@ -297,7 +297,7 @@ class Server:
         return stream
 
     def websocket(self, path: str, query: str = "", can_deny: bool = True) -> Websocket:
-        """Ask for a websocket, of a server that can refuse one with HTTP, or of one that cannot."""
+        """Request a WebSocket from a server that can, or cannot, refuse one with HTTP."""
         connection = Websocket(
             self.app,
             {
@@ -313,12 +313,12 @@ class Server:
         return connection
 
     async def start_stream(self, alias: str | None, **kwargs: Any) -> Stream:
-        """Begin a stream and take its first event."""
+        """Start a stream and read its first event."""
         stream = self.stream(alias, **kwargs)
         await stream.next_event()
         return stream
 
-    # --- what tests look at -------------------------------------------------------------
+    # --- what tests inspect -------------------------------------------------------------
 
     async def settled(self) -> None:
         await settled()

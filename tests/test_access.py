@@ -1,4 +1,4 @@
-"""Who may call what."""
+"""Which callers may do what."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bearer(key: str | None) -> Headers:
     ],
 )
 def test_caller_passes(access: Access, role: Role, key: str | None) -> None:
-    """Without keys everything but switching is open; an admin key opens what a user key opens."""
+    """Without keys all but switching is open; an admin key opens all that a user key opens."""
     access.check(role, bearer(key))
 
 
@@ -65,7 +65,7 @@ def test_caller_passes(access: Access, role: Role, key: str | None) -> None:
     ],
 )
 def test_caller_without_a_key_is_refused(access: Access, role: Role, key: str | None) -> None:
-    """Where keys are configured, one of them must be sent (401)."""
+    """A request without a key gets 401 where keys are configured."""
     with pytest.raises(Unauthorized) as caught:
         access.check(role, bearer(key))
 
@@ -84,7 +84,7 @@ def test_caller_without_a_key_is_refused(access: Access, role: Role, key: str | 
     ],
 )
 def test_caller_who_may_not_switch_is_refused(access: Access, key: str | None, reason: str) -> None:
-    """Switching needs an admin key, or dev mode where there is none; the reason is told (403)."""
+    """Switching needs an admin key, or dev mode without one; the 403 gives the reason."""
     with pytest.raises(SwitchNotAllowed, match=reason) as caught:
         access.check(Role.ADMIN, bearer(key))
 
@@ -101,7 +101,7 @@ def test_caller_who_may_not_switch_is_refused(access: Access, key: str | None, r
     ],
 )
 def test_key_may_be_sent_in_openais_and_in_anthropics_header(headers: dict[str, str]) -> None:
-    """`Authorization: Bearer` in any case, or `x-api-key`."""
+    """A key may be sent as `Authorization: Bearer` in any case, or as `x-api-key`."""
     USER.check(Role.USER, Headers(headers))
 
 
@@ -116,7 +116,7 @@ def test_key_may_be_sent_in_openais_and_in_anthropics_header(headers: dict[str, 
     ],
 )
 def test_key_in_another_form_is_none(headers: dict[str, str]) -> None:
-    """Other schemes do not count, and a wrong bearer key is not made good by another header."""
+    """Other schemes do not count; the second header does not replace a wrong bearer key."""
     with pytest.raises(Unauthorized):
         USER.check(Role.USER, Headers(headers))
 
@@ -140,7 +140,7 @@ def key_file(path: Path, *keys: str) -> Path:
 
 
 def test_environment_gives_keys_and_dev_mode() -> None:
-    """The quickstart's and vLLM's variables are read; each may hold several keys."""
+    """The variables of the quickstart and of vLLM are read; each may hold several keys."""
     access = Access.from_environment(
         {
             "VLLM_API_KEY": "user, user2",
@@ -156,7 +156,7 @@ def test_environment_gives_keys_and_dev_mode() -> None:
 
 
 def test_files_give_keys(tmp_path: Path) -> None:
-    """Named by variables; they add to the keys of the other variables."""
+    """Keys from files, which variables name, add to the keys of the other variables."""
     access = Access.from_environment(
         {
             "VLLM_API_KEY": "user",
@@ -175,7 +175,7 @@ def test_files_give_keys(tmp_path: Path) -> None:
     [{}, {"VLLM_SERVER_DEV_MODE": "0"}, {"VLLM_API_KEY": " , "}, {"VLLM_HOTSWAP_API_KEY_FILE": ""}],
 )
 def test_nothing_is_open_by_default(environment: dict[str, str]) -> None:
-    """Neither unset nor empty nor zero opens anything, and an empty key is no key."""
+    """An unset, empty or zero variable opens nothing, and an empty key is not a key."""
     access = Access.from_environment(environment, KeyFlags(admin_keys=[""]))
 
     assert "<Access user_keys=0 admin_keys=0 dev_mode=False>" == repr(access)
@@ -183,7 +183,7 @@ def test_nothing_is_open_by_default(environment: dict[str, str]) -> None:
 
 
 def test_flag_wins_over_the_variable_that_says_the_same(tmp_path: Path) -> None:
-    """Keys replace keys, and files replace files."""
+    """Keys of a flag replace keys of the variable, and files of a flag replace its files."""
     environment = {
         "VLLM_API_KEY": "old",
         "VLLM_HOTSWAP_ADMIN_KEY": "old",
@@ -206,7 +206,7 @@ def test_flag_wins_over_the_variable_that_says_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [None, [], [""]])
 def test_no_flag_leaves_the_environments_user_key(keys: list[str] | None) -> None:
-    """A flag that was not given takes nothing away."""
+    """A flag that was not given does not remove the environment's user key."""
     access = Access(user_keys=["user"])
 
     access.use_user_keys(keys)
@@ -215,7 +215,7 @@ def test_no_flag_leaves_the_environments_user_key(keys: list[str] | None) -> Non
 
 
 def test_file_that_cannot_be_used_ends_a_start(tmp_path: Path) -> None:
-    """It is named; a server that nobody asked for would be open."""
+    """The start ends with an error that names the file; a server without its keys would be open."""
     flags = KeyFlags(api_key_files=[tmp_path / "missing"])
 
     with pytest.raises(ConfigError, match="missing' cannot be read"):
@@ -223,7 +223,7 @@ def test_file_that_cannot_be_used_ends_a_start(tmp_path: Path) -> None:
 
 
 def test_keys_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Those that have gone pass no more, and those that are new do; only numbers are told."""
+    """After a reload removed keys fail and new ones work; only numbers of keys are reported."""
     path = key_file(tmp_path / "keys", "gone", "stays")
     access = Access(user_key_files=[path], admin_keys=["admin"])
 
@@ -240,7 +240,7 @@ def test_keys_are_read_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
 def test_keys_from_before_count_when_a_file_cannot_be_used_any_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of both roles; the log has one line, which names the file."""
+    """Keys of both roles stay valid if their file becomes unusable; one log line names the file."""
     users, admins = key_file(tmp_path / "u", "user"), key_file(tmp_path / "a", "admin")
     access = Access(user_key_files=[users], admin_key_files=[admins])
 
@@ -255,14 +255,14 @@ def test_keys_from_before_count_when_a_file_cannot_be_used_any_more(
 
 
 def test_access_shows_no_key() -> None:
-    """In no form."""
+    """No text form of the access rules contains a key."""
     flags = KeyFlags(admin_keys=["sk-canary"])
 
     assert "canary" not in f"{flags} {Access.from_environment({}, flags)!r}"
 
 
 def test_dev_mode_opens_none_of_vllms_admin_routes() -> None:
-    """Our own are opened; profiling and aborting others' requests need an admin key."""
+    """Dev mode opens our own routes; profiling and aborting others' requests need an admin key."""
     open_to_all, closed = Access(dev_mode=True), Access(admin_keys=["a"], dev_mode=True)
     admin = Headers({"authorization": "Bearer a"})
 
@@ -276,7 +276,7 @@ def test_dev_mode_opens_none_of_vllms_admin_routes() -> None:
 
 
 def test_one_key_in_two_roles_is_refused(tmp_path: Path) -> None:
-    """Every user would be an admin; the places are named, and not the key."""
+    """A key in two roles would make users admins; the error names the places, not the key."""
     users, admins = key_file(tmp_path / "u", "user", "both"), key_file(tmp_path / "a", "both")
 
     with pytest.raises(ConfigError) as refused:
@@ -291,7 +291,7 @@ def test_one_key_in_two_roles_is_refused(tmp_path: Path) -> None:
 
 
 def test_key_of_a_group_that_is_an_admins_is_refused() -> None:
-    """Whatever the group's rights are."""
+    """A group's key must not be an admin's key, whatever the group's rights are."""
     group = Group(Rights("team"), "rights.team", KeySource(Keys.of(["x"], "rights.team.keys")))
 
     with pytest.raises(ConfigError, match=r"a user key \(rights.team.keys\)"):
@@ -299,7 +299,7 @@ def test_key_of_a_group_that_is_an_admins_is_refused() -> None:
 
 
 def test_flag_that_makes_an_admin_of_a_user_ends_a_start() -> None:
-    """vLLM's flag is known later than the others."""
+    """vLLM's flag, known later than the others, must not make an admin's key a user key, too."""
     access = Access(admin_keys=["x"])
 
     with pytest.raises(ConfigError, match=r"a user key \(--api-key\)"):
@@ -309,7 +309,7 @@ def test_flag_that_makes_an_admin_of_a_user_ends_a_start() -> None:
 def test_keys_from_before_count_when_one_gets_a_second_role(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Then, too, one line in the log says why, and shows no key."""
+    """Earlier keys stay valid; one line in the log gives the reason, and shows no key."""
     users, admins = key_file(tmp_path / "u", "user"), key_file(tmp_path / "a", "sk-admin")
     access = Access(user_key_files=[users], admin_key_files=[admins])
 
@@ -324,7 +324,7 @@ def test_keys_from_before_count_when_one_gets_a_second_role(
 
 
 def test_caller_is_told_by_role_fingerprint_and_name(tmp_path: Path) -> None:
-    """Not by the key; who has sent none that is known is anybody."""
+    """A caller is shown by role, key fingerprint and name; without a known key as anonymous."""
     group = Group(Rights("team"), "rights.team", KeySource(Keys.of(["t"], "rights.team.keys")))
     admins = key_file(tmp_path / "a", "a1  # ann", "a2")
     access = Access(["u"], admin_key_files=[admins], groups=[group])

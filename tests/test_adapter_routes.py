@@ -1,4 +1,4 @@
-"""Adapters and further names of models: how they are listed, asked for, added and removed."""
+"""Adapters and additional names of models: listing, requests, adding and removing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ADAPTERS = "/admin/models/{}/adapters"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where adapters may lie, with two of them."""
+    """A folder that may have adapters, with two of them."""
     for name in ("pirate", "sql"):
         write_adapter_for(tmp_path / "adapters" / name, {"model.layers.0.q_proj": (8, 8)})
     return tmp_path / "adapters"
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def server(make_server: MakeServer, folder: Path) -> Server:
-    """llama, which is also called meta, is active; qwen is parked, mistral is cold."""
+    """A server on which llama, also called meta, is active; qwen is parked, mistral is cold."""
     return await make_server(further={"llama": ("meta",)}, adapter_folders=[folder])
 
 
@@ -50,7 +50,7 @@ async def shown(server: Server, alias: str) -> list[dict[str, Any]]:
 
 
 async def test_every_name_is_listed_with_the_state_of_its_model(server: Server) -> None:
-    """Further names, and adapters with their parent; of cold models, too."""
+    """Additional names, and adapters with their parent, are listed for cold models, too."""
     await add(server, "llama", "pirate")
     await add(server, "mistral", "sql")
 
@@ -65,7 +65,7 @@ async def test_every_name_is_listed_with_the_state_of_its_model(server: Server) 
 
 @pytest.mark.parametrize(("name", "parent"), [("meta", None), ("pirate", "llama")])
 async def test_one_name_is_shown(server: Server, name: str, parent: str | None) -> None:
-    """With the name that was asked for."""
+    """A model card has the name that was requested."""
     await add(server, "llama", "pirate")
 
     card = (await server.get(f"/v1/models/{name}")).json()
@@ -74,7 +74,7 @@ async def test_one_name_is_shown(server: Server, name: str, parent: str | None) 
 
 
 async def test_request_for_an_adapter_is_answered_by_its_model(server: Server) -> None:
-    """In the adapter's name; it counts for the model."""
+    """An answer by an adapter has its name; metrics count the request for the model."""
     await add(server, "llama", "pirate")
 
     answer = (await server.ask("pirate", max_tokens=3)).json()
@@ -88,7 +88,7 @@ async def test_request_for_an_adapter_is_answered_by_its_model(server: Server) -
 
 
 async def test_request_by_a_further_name_is_answered_by_its_model(server: Server) -> None:
-    """In the model's first name, as vLLM does."""
+    """A request by an additional name is answered in the model's first name, as with vLLM."""
     answer = (await server.ask("meta", max_tokens=3)).json()
 
     assert "llama" == answer["model"]
@@ -97,7 +97,7 @@ async def test_request_by_a_further_name_is_answered_by_its_model(server: Server
 async def test_adapter_of_a_model_that_is_not_active_is_refused_with_the_model(
     server: Server,
 ) -> None:
-    """It is said which model is to be switched to."""
+    """The refusal of an adapter whose model is not active names the model to switch to."""
     await add(server, "qwen", "sql")
 
     error = (await server.ask("sql")).json()["error"]
@@ -109,7 +109,7 @@ async def test_adapter_of_a_model_that_is_not_active_is_refused_with_the_model(
 
 @pytest.mark.parametrize("name", ["sql", "qwen"])
 async def test_a_switch_to_an_adapter_is_one_to_its_model(server: Server, name: str) -> None:
-    """Requests for the adapter and for the model are served then."""
+    """After a switch to an adapter, requests for it and for its model are served."""
     await add(server, "qwen", "sql")
 
     switched = (await server.switch(name)).json()
@@ -121,7 +121,7 @@ async def test_a_switch_to_an_adapter_is_one_to_its_model(server: Server, name: 
 
 
 async def test_request_for_an_adapter_of_the_target_waits_for_the_switch(server: Server) -> None:
-    """As one for the target does."""
+    """A request for an adapter waits for the switch as a request for its model does."""
     await add(server, "qwen", "sql")
     server.host.hold("activate", "qwen")
     switching = server.switch("qwen")
@@ -137,14 +137,14 @@ async def test_request_for_an_adapter_of_the_target_waits_for_the_switch(server:
 
 
 async def test_plan_for_an_adapter_is_the_one_for_its_model(server: Server) -> None:
-    """Because a switch to it is one to the model."""
+    """A plan for an adapter equals the plan for its model, since the switch does."""
     await add(server, "mistral", "sql")
 
     assert "mistral" == (await server.get("/admin/plan?model=sql")).json()["model"]
 
 
 async def test_a_model_is_not_moved_by_the_name_of_an_adapter(server: Server) -> None:
-    """Unloading an adapter's name would unload its model."""
+    """An adapter's name moves nothing: unloading it would otherwise unload its model."""
     await add(server, "qwen", "sql")
 
     error = (await server.operate("sql", "unload")).json()["error"]
@@ -155,7 +155,7 @@ async def test_a_model_is_not_moved_by_the_name_of_an_adapter(server: Server) ->
 
 @pytest.mark.parametrize("operation", ["load", "pin"])
 async def test_a_model_is_moved_by_a_further_name(server: Server, operation: str) -> None:
-    """Which is as good as its alias."""
+    """An additional name moves a model as its alias does."""
     answer = (await server.operate("meta", operation)).json()
 
     assert "llama" == answer["model"]
@@ -166,7 +166,7 @@ async def test_a_model_is_moved_by_a_further_name(server: Server, operation: str
 
 @pytest.mark.parametrize("alias", ["llama", "qwen", "mistral"])
 async def test_adapter_is_served_from_when_it_was_added(server: Server, alias: str) -> None:
-    """Wherever its model is: active, parked or cold."""
+    """A new adapter is served at once, whether its model is active, parked or cold."""
     answer = (await add(server, alias, "pirate")).json()
     await server.switch(alias)
 
@@ -182,7 +182,7 @@ async def test_adapter_is_served_from_when_it_was_added(server: Server, alias: s
 
 
 async def test_adapters_outlive_the_unloading_of_their_model(server: Server) -> None:
-    """They are the model's, not its engine's."""
+    """Adapters survive the unloading of their model: they are the model's, not its engine's."""
     await add(server, "qwen", "sql")
     await server.operate("qwen", "unload")
     await server.switch("qwen")
@@ -191,7 +191,7 @@ async def test_adapters_outlive_the_unloading_of_their_model(server: Server) -> 
 
 
 async def test_removed_adapter_is_unknown(server: Server) -> None:
-    """The model is served on."""
+    """A removed adapter is unknown, and the model itself is still served."""
     await add(server, "llama", "pirate")
 
     removed = await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
@@ -208,7 +208,7 @@ async def test_removed_adapter_is_unknown(server: Server) -> None:
 
 
 async def test_requests_of_a_removed_adapter_go_on(server: Server) -> None:
-    """To their end; how many there are is told."""
+    """Requests of a removed adapter run to their end; their number is reported."""
     await add(server, "llama", "pirate")
     stream = await server.start_stream("pirate", words=5)
 
@@ -220,7 +220,7 @@ async def test_requests_of_a_removed_adapter_go_on(server: Server) -> None:
 
 
 async def test_name_is_not_given_again_while_requests_run_with_it(server: Server) -> None:
-    """vLLM tells adapters of one model apart by their names."""
+    """A name is refused while requests run with it: vLLM tells adapters apart by names."""
     await add(server, "llama", "pirate")
     stream = await server.start_stream("pirate")
     await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
@@ -234,7 +234,7 @@ async def test_name_is_not_given_again_while_requests_run_with_it(server: Server
 
 
 async def test_an_id_is_never_given_twice(server: Server) -> None:
-    """Over all models, and whatever was removed, replaced or unloaded."""
+    """An id is never given twice, over all models, whatever was removed, replaced or unloaded."""
     ids = [(await add(server, "llama", "pirate")).json()["id"]]
     await server.call("DELETE", ADAPTERS.format("llama") + "/pirate")
     ids.append((await add(server, "qwen", "pirate")).json()["id"])
@@ -248,7 +248,7 @@ async def test_an_id_is_never_given_twice(server: Server) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "meta", "sql"])
 async def test_name_of_somebody_else_is_refused(server: Server, name: str) -> None:
-    """Of a model, by any of its names, or of another model's adapter, even to replace it."""
+    """Names of models, and of other models' adapters, are refused, even for a replacement."""
     await add(server, "qwen", "sql")
 
     for in_place in (False, True):
@@ -275,7 +275,7 @@ async def test_name_of_somebody_else_is_refused(server: Server, name: str) -> No
 async def test_adapter_that_cannot_be_added_is_refused_without_a_path(
     server: Server, folder: Path, body: dict[str, str], status: int, code: str, message: str
 ) -> None:
-    """Nothing has changed, and nobody learns what else is on the machine."""
+    """Refusing an adapter changes nothing, and reveals nothing about other files."""
     (folder / "link").symlink_to("/etc", target_is_directory=True)
     write_adapter_for(folder / "high", {"model.layers.0.q_proj": (8, 8)}, rank=MAX_RANK + 1)
 
@@ -290,7 +290,7 @@ async def test_adapter_that_cannot_be_added_is_refused_without_a_path(
 
 
 async def test_adapter_that_the_engine_refuses_is_not_served(server: Server) -> None:
-    """The model is served on, and the name is free."""
+    """If the engine refuses an adapter, the model is still served, and the name is free."""
     server.host.fail_next("add_adapter", "llama", HotswapError("its shapes are wrong"))
 
     answer = await add(server, "llama", "pirate")
@@ -302,7 +302,7 @@ async def test_adapter_that_the_engine_refuses_is_not_served(server: Server) -> 
 
 
 async def test_replacement_that_the_engine_refuses_leaves_the_one_before(server: Server) -> None:
-    """With its id."""
+    """If the engine refuses a replacement, the earlier adapter stays, with its id."""
     await add(server, "llama", "pirate")
     server.host.fail_next("add_adapter", "llama")
 
@@ -313,7 +313,7 @@ async def test_replacement_that_the_engine_refuses_leaves_the_one_before(server:
 
 
 async def test_adapter_waits_for_its_model_to_arrive_where_it_goes(server: Server) -> None:
-    """It is loaded at once by a model that is being loaded."""
+    """An adapter added during its model's load waits for the load, and is then loaded at once."""
     server.host.hold("load", "mistral")
     loading = server.operate("mistral", "load")
     await server.settled()
@@ -328,7 +328,7 @@ async def test_adapter_waits_for_its_model_to_arrive_where_it_goes(server: Serve
 
 
 async def test_unknown_adapter_cannot_be_removed(server: Server) -> None:
-    """The model's adapters are named."""
+    """The refusal to remove an unknown adapter names the model's adapters."""
     await add(server, "llama", "pirate")
 
     answer = await server.call("DELETE", ADAPTERS.format("llama") + "/sql")
@@ -338,7 +338,7 @@ async def test_unknown_adapter_cannot_be_removed(server: Server) -> None:
 
 
 async def test_without_folders_nothing_can_be_added(make_server: MakeServer) -> None:
-    """It is said which key names them."""
+    """Without configured folders no adapter can be added; the error names the setting."""
     server = await make_server()
 
     answer = await add(server, "llama", "pirate")
@@ -359,7 +359,7 @@ async def test_without_folders_nothing_can_be_added(make_server: MakeServer) -> 
 async def test_adapters_are_changed_by_admins_only(
     make_server: MakeServer, folder: Path, method: str, path: str
 ) -> None:
-    """Whoever adds one has the server read files."""
+    """Adding an adapter makes the server read files: only admins may do so."""
     access = Access(user_keys=("user",), admin_keys=("admin",))
     server = await make_server(access=access, adapter_folders=[folder])
 
@@ -378,7 +378,7 @@ async def test_adapters_are_changed_by_admins_only(
 async def test_vllms_route_adds_to_the_model_that_is_named_or_active(
     server: Server, more: dict[str, str], alias: str
 ) -> None:
-    """And answers in vLLM's words."""
+    """vLLM's route adds an adapter to the named or the active model, with vLLM's answer."""
     body = {"lora_name": "sql", "lora_path": "sql", **more}
 
     answer = await server.post("/v1/load_lora_adapter", json=body)
@@ -388,7 +388,7 @@ async def test_vllms_route_adds_to_the_model_that_is_named_or_active(
 
 
 async def test_vllms_route_replaces_in_place(server: Server, folder: Path) -> None:
-    """The path may be absolute, too; without `load_inplace` the name is taken."""
+    """An absolute path works, too; without `load_inplace` the name is taken."""
     body = {"lora_name": "sql", "lora_path": str(folder / "sql")}
     answers = [
         await server.post("/v1/load_lora_adapter", json=content)
@@ -402,7 +402,7 @@ async def test_vllms_route_replaces_in_place(server: Server, folder: Path) -> No
 async def test_vllms_route_removes_from_the_model_that_has_it(
     server: Server, more: dict[str, Any]
 ) -> None:
-    """A model need not be named: names of adapters are clear."""
+    """vLLM's route needs no model to remove an adapter, because names of adapters are unique."""
     await add(server, "qwen", "sql")
 
     answer = await server.post("/v1/unload_lora_adapter", json={"lora_name": "sql", **more})
@@ -413,14 +413,14 @@ async def test_vllms_route_removes_from_the_model_that_has_it(
 
 @pytest.mark.parametrize("more", [{}, {"model": "llama"}])
 async def test_vllms_route_refuses_an_unknown_adapter(server: Server, more: dict[str, str]) -> None:
-    """With those that there are."""
+    """vLLM's route refuses to remove an unknown adapter with a list of the existing ones."""
     answer = await server.post("/v1/unload_lora_adapter", json={"lora_name": "sql", **more})
 
     assert (404, "adapter_not_found") == (answer.status_code, answer.json()["error"]["code"])
 
 
 async def test_vllms_route_needs_an_active_model_or_a_name(server: Server) -> None:
-    """There is none after the active engine has died."""
+    """A route without a name fails after the active engine has died: no model is active."""
     server.host.kill_engine("llama")
 
     answer = await server.post(
@@ -431,7 +431,7 @@ async def test_vllms_route_needs_an_active_model_or_a_name(server: Server) -> No
 
 
 async def test_an_adapter_that_is_asked_for_while_it_is_replaced_stays(server: Server) -> None:
-    """Requests for the old one that came during the load would run beside the new one."""
+    """An adapter that is requested during its replacement stays; the replacement is refused."""
     first = (await add(server, "llama", "pirate")).json()
     server.host.hold("add_adapter", "llama")
     replacing = asyncio.create_task(add(server, "llama", "pirate", "sql", in_place=True))
@@ -447,7 +447,7 @@ async def test_an_adapter_that_is_asked_for_while_it_is_replaced_stays(server: S
 
 @pytest.mark.parametrize("path", ["a" * 300, "circle", "a\0b", ".."])
 async def test_a_path_that_is_none_is_refused(server: Server, folder: Path, path: str) -> None:
-    """Too long, links in a circle, a null byte, or outside of what is allowed."""
+    """A path that is too long, a loop, outside the folders, or has a null byte is refused."""
     (folder / "circle").symlink_to(folder / "circle")
 
     answer = await add(server, "llama", "pirate", path)

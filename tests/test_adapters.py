@@ -1,4 +1,4 @@
-"""Adapters as files: what is found out about a folder before vLLM is asked to load it."""
+"""Adapters as files: what is checked in a folder before vLLM loads it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASE = {f"{Q_PROJ}.weight": (128, 64)}
 
 
 def test_whole_adapter_is_found_with_its_rank(tmp_path: Path) -> None:
-    """For a model whose layers have its shapes."""
+    """An adapter with the shapes of the model's layers is accepted, and its rank is known."""
     folder = write_adapter(tmp_path / "pirate", "llama", rank=4)
 
     files = read_adapter("pirate", folder, shapes_of(MODELS / "llama"))
@@ -29,7 +29,7 @@ def test_whole_adapter_is_found_with_its_rank(tmp_path: Path) -> None:
 
 
 def test_rank_is_the_highest_of_all_layers(tmp_path: Path) -> None:
-    """PEFT allows a rank of its own for every layer."""
+    """The rank is the highest of all layers: PEFT allows a separate rank for each."""
     folder = write_adapter(tmp_path, rank=4, rank_pattern={"q_proj": 24, "v_proj": 2})
 
     assert 24 == read_adapter("a", folder, {}).rank
@@ -37,7 +37,7 @@ def test_rank_is_the_highest_of_all_layers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["bin", "pt"])
 def test_weights_that_only_vllm_opens_are_taken_as_they_are(tmp_path: Path, kind: str) -> None:
-    """A pickle is not opened here."""
+    """Pickled weights are accepted without being opened."""
     folder = write_adapter(tmp_path)
     (folder / "adapter_model.safetensors").rename(folder / f"adapter_model.{kind}")
 
@@ -45,7 +45,7 @@ def test_weights_that_only_vllm_opens_are_taken_as_they_are(tmp_path: Path, kind
 
 
 def test_shapes_are_unknown_without_a_folder_and_for_packed_weights(tmp_path: Path) -> None:
-    """A quantised weight may have another shape than its layer."""
+    """Shapes of quantised weights are unknown: a weight may have another shape than its layer."""
     write_packed(tmp_path / "model.safetensors")
 
     assert {} == shapes_of(None) == shapes_of(tmp_path / "none") == shapes_of(tmp_path)
@@ -119,7 +119,7 @@ def no_matrix(folder: Path) -> None:
 def test_what_cannot_be_served_is_refused_without_its_path(
     tmp_path: Path, spoil: Callable[[Path], None], message: str
 ) -> None:
-    """vLLM would take some of these, and serve wrong answers."""
+    """What vLLM would refuse, or serve wrongly, is refused without showing its path."""
     folder = write_adapter_for(tmp_path / "secret", {Q_PROJ: (128, 64)})
     spoil(folder)
 
@@ -130,13 +130,13 @@ def test_what_cannot_be_served_is_refused_without_its_path(
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    """As is a file."""
+    """A missing folder is refused, and so is a file in its place."""
     with pytest.raises(ConfigError, match="it is not a folder"):
         read_adapter("sql", tmp_path / "none", {})
 
 
 def test_layers_that_keep_their_weights_transposed_are_not_compared(tmp_path: Path) -> None:
-    """PEFT says so in `fan_in_fan_out`."""
+    """Transposed weights, which PEFT marks with `fan_in_fan_out`, are not compared."""
     folder = write_adapter_for(tmp_path, {Q_PROJ: (64, 128)}, fan_in_fan_out=True)
 
     assert 4 == read_adapter("a", folder, BASE).rank
@@ -146,7 +146,7 @@ def test_layers_that_keep_their_weights_transposed_are_not_compared(tmp_path: Pa
     ("needed", "rank"), [([], 16), ([4], 16), ([17], 32), ([8, 64], 64), ([600], 16)]
 )
 def test_rank_of_the_engine_follows_from_its_adapters(needed: list[int], rank: int) -> None:
-    """The smallest that vLLM allows; what it never allows is refused elsewhere."""
+    """The rank is vLLM's smallest that fits; one that it never allows is refused elsewhere."""
     assert rank == smallest_rank(needed, (1, 8, 16, 32, 64, 512), 16)
 
 
@@ -162,7 +162,7 @@ def test_rank_of_the_engine_follows_from_its_adapters(needed: list[int], rank: i
 def test_every_name_means_one_thing(
     tmp_path: Path, llama: list[str], qwen: list[str], places: str
 ) -> None:
-    """Aliases and adapters of all models are one set of names; a clash names both places."""
+    """Names of models and adapters are unique; the error for a duplicate names both places."""
     models = {"llama": {"model": "a/llama", "aliases": ["meta"]}, "qwen": {"model": "a/qwen"}}
     config = parse_config({"models": models}, tmp_path / "models.yaml")
     adapters = {
@@ -181,7 +181,7 @@ def write_packed(file: Path) -> None:
 
 
 def test_a_configuration_too_deep_for_json_is_refused(tmp_path: Path) -> None:
-    """It is no reason to break off with anything else."""
+    """Too deep nesting is refused as invalid JSON, not with an error of another kind."""
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
 
     with pytest.raises(ConfigError, match="is not valid JSON"):

@@ -1,4 +1,4 @@
-"""The server's own routes: who may call them, what they take, what they answer."""
+"""The server's own routes: which callers may use them, what they accept and answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ USER = {"authorization": "Bearer user"}
 
 
 def sample(exposition: str, name: str) -> float:
-    """The value of one sample of `/metrics`, named with its labels."""
+    """Return the value of one sample of `/metrics`, named with its labels."""
     line = next(line for line in exposition.splitlines() if line.startswith(name + " "))
     return float(line.split()[-1])
 
@@ -34,7 +34,7 @@ def sample(exposition: str, name: str) -> float:
 
 
 async def test_switch_answers_with_the_quickstarts_fields_and_ours(server: Server) -> None:
-    """Clients of the quickstart's server find every field that they know."""
+    """A switch is answered with all fields of the quickstart's server, and ours."""
     response = await server.post(SWITCH, json={"model": "qwen"})
 
     assert 200 == response.status_code
@@ -59,7 +59,7 @@ async def test_switch_answers_with_the_quickstarts_fields_and_ours(server: Serve
 
 
 async def test_switch_to_the_active_model_says_that_nothing_was_done(server: Server) -> None:
-    """200, `switched` is false, and the engine host was asked nothing."""
+    """A switch to the active model gets 200 with `switched` false, and the host gets no command."""
     response = await server.post(SWITCH, json={"model": "llama"})
 
     assert 200 == response.status_code
@@ -70,7 +70,7 @@ async def test_switch_to_the_active_model_says_that_nothing_was_done(server: Ser
 
 
 async def test_switch_to_a_cold_model_shows_what_it_holds(server: Server) -> None:
-    """The memory fields are the engine host's: before, once there was room, and at the end."""
+    """A switch shows memory as the host reports it: before, once there was room, and at the end."""
     body = (await server.post(SWITCH, json={"model": "mistral"})).json()
 
     fields = ("memory_before_mb", "memory_after_unload_mb", "freed_memory_mb", "memory_after_mb")
@@ -80,7 +80,7 @@ async def test_switch_to_a_cold_model_shows_what_it_holds(server: Server) -> Non
 async def test_switch_that_makes_room_shows_who_moved_and_what_that_gave_back(
     make_server: MakeServer,
 ) -> None:
-    """Where there is room for one and a half, the source sleeps."""
+    """A switch shows that its source was put to sleep for room, and what that released."""
     server = await make_server(load=("llama",), budget=Usage(3 * MIB))
 
     body = (await server.post(SWITCH, json={"model": "mistral"})).json()
@@ -99,7 +99,7 @@ async def test_switch_that_makes_room_shows_who_moved_and_what_that_gave_back(
 
 
 async def test_joined_calls_get_the_same_answer(server: Server) -> None:
-    """Two calls for one target are one operation."""
+    """Two switch calls for one target are one operation, with one answer."""
     server.host.hold("load", "mistral")
     calls = [server.switch("mistral"), server.switch("mistral")]
     await server.settled()
@@ -112,7 +112,7 @@ async def test_joined_calls_get_the_same_answer(server: Server) -> None:
 
 
 async def test_call_for_another_target_gets_a_conflict(server: Server) -> None:
-    """409, and the message names the operation that is under way."""
+    """A switch to another target gets 409 with a message that names the operation under way."""
     server.host.hold("activate", "qwen")
     first = server.switch("qwen")
     await server.settled()
@@ -125,7 +125,7 @@ async def test_call_for_another_target_gets_a_conflict(server: Server) -> None:
 
 
 async def test_unknown_target_is_refused(server: Server) -> None:
-    """404 with the configured aliases."""
+    """A switch to an unknown model gets 404 with the configured aliases."""
     response = await server.post(SWITCH, json={"model": "gpt"})
 
     assert 404 == response.status_code
@@ -133,7 +133,7 @@ async def test_unknown_target_is_refused(server: Server) -> None:
 
 
 async def test_target_that_cannot_be_loaded_gets_the_cause(server: Server) -> None:
-    """503, with phase, cause, and what is still active."""
+    """A failed load gets 503 with the phase, the cause and the model that is still active."""
     server.host.engines["mistral"].missing_files = True
 
     response = await server.post(SWITCH, json={"model": "mistral"})
@@ -174,7 +174,7 @@ async def test_target_that_cannot_be_loaded_gets_the_cause(server: Server) -> No
 async def test_switch_body_that_is_wrong_is_refused(
     server: Server, body: bytes, param: str | None, message: str
 ) -> None:
-    """400, `param` names the field, the message what was expected; nothing happens."""
+    """A wrong body gets 400: `param` is the field, the message the valid form; nothing happens."""
     response = await server.post(SWITCH, content=body)
 
     assert 400 == response.status_code
@@ -186,13 +186,13 @@ async def test_switch_body_that_is_wrong_is_refused(
 
 @pytest.mark.parametrize("timeout", ["0", "1", "0.5", "null", "86400"])
 async def test_drain_timeout_may_be_any_sensible_number(server: Server, timeout: str) -> None:
-    """Whole or not, zero for at once, null for the configured one."""
+    """`drain_timeout` may be fractional; zero means at once, null the configured value."""
     body = f'{{"model": "qwen", "drain_timeout": {timeout}}}'
 
     assert 200 == (await server.post(SWITCH, content=body)).status_code
 
 
-# --- who may call what ----------------------------------------------------------------------
+# --- permissions ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ async def test_drain_timeout_may_be_any_sensible_number(server: Server, timeout:
 async def test_switching_needs_an_admin_key_or_dev_mode(
     make_server: MakeServer, access: Access, headers: dict[str, str], status: int
 ) -> None:
-    """The reason for a refusal is told, and nothing was done."""
+    """A refusal gives its reason, and nothing is done."""
     server = await make_server(access=access)
 
     response = await server.post(SWITCH, json={"model": "qwen"}, headers=headers)
@@ -241,7 +241,7 @@ async def test_switching_needs_an_admin_key_or_dev_mode(
 async def test_key_is_needed_for_all_but_public_routes(
     make_server: MakeServer, method: str, path: str, status: int
 ) -> None:
-    """Health and version are public; everything else, known or not, needs the user key."""
+    """Health and version are public; every other route, known or not, needs the user key."""
     server = await make_server(access=Access(user_keys=("user",)))
 
     assert status == (await server.request(method, path, b"").finish()).status
@@ -251,7 +251,7 @@ async def test_key_is_needed_for_all_but_public_routes(
 async def test_vllms_state_changing_routes_need_the_admin_key(
     make_server: MakeServer, path: str
 ) -> None:
-    """A user key does not open what changes a model."""
+    """A user key does not open routes that change a model."""
     server = await make_server(access=Access(user_keys=("user",), admin_keys=("admin",)))
 
     assert 403 == (await server.post(path, headers=USER, json={})).status_code
@@ -259,7 +259,7 @@ async def test_vllms_state_changing_routes_need_the_admin_key(
 
 
 async def test_websocket_without_a_key_is_refused(make_server: MakeServer) -> None:
-    """A realtime connection needs the key, too."""
+    """A WebSocket without a key is refused."""
     server = await make_server(access=Access(user_keys=("user",)))
     sent: list[dict[str, Any]] = []
 
@@ -279,17 +279,17 @@ async def test_websocket_without_a_key_is_refused(make_server: MakeServer) -> No
 
 
 async def test_lifespan_is_not_the_applications(server: Server) -> None:
-    """An HTTP server that would run it twice is told so."""
+    """An HTTP server that sends lifespan events gets an error: the server does this work itself."""
     with pytest.raises(RuntimeError, match="run with lifespan off"):
         await server.app({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
 
 
-# --- what can be read -----------------------------------------------------------------------
+# --- routes that read -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/models"])
 async def test_model_list_has_every_alias(server: Server, path: str) -> None:
-    """OpenAI's list, in the file's order, with the residency of each model."""
+    """The model list has OpenAI's form, the file's order, and the residency of each model."""
     body = (await server.get(path)).json()
 
     assert "list" == body["object"]
@@ -301,7 +301,7 @@ async def test_model_list_has_every_alias(server: Server, path: str) -> None:
 
 
 async def test_model_card_is_vllms_with_a_status(server: Server) -> None:
-    """OpenAI's fields, and what the engine adds."""
+    """A model card has OpenAI's fields and those that the engine adds."""
     card = (await server.get("/v1/models/llama")).json()
 
     assert {
@@ -316,7 +316,7 @@ async def test_model_card_is_vllms_with_a_status(server: Server) -> None:
 
 
 async def test_model_card_of_a_dead_model_says_so(server: Server) -> None:
-    """Clients that look at `status.failed` see it."""
+    """The card of a dead model has `status.failed` set."""
     server.host.kill_engine("qwen")
 
     status = (await server.get("/v1/models/qwen")).json()["status"]
@@ -325,7 +325,7 @@ async def test_model_card_of_a_dead_model_says_so(server: Server) -> None:
 
 
 async def test_model_that_is_loading_is_listed_as_loading(server: Server) -> None:
-    """A list taken during a load shows it."""
+    """A model is listed as loading during its load."""
     server.host.hold("load", "mistral")
     switch = server.switch("mistral")
     await server.settled()
@@ -338,14 +338,14 @@ async def test_model_that_is_loading_is_listed_as_loading(server: Server) -> Non
 
 @pytest.mark.parametrize("path", ["/v1/models/gpt"])
 async def test_card_of_an_unknown_model_is_refused(server: Server, path: str) -> None:
-    """404 in OpenAI's form."""
+    """The card of an unknown model gets 404 in OpenAI's form."""
     response = await server.get(path)
 
     assert (404, "model_not_found") == (response.status_code, response.json()["error"]["code"])
 
 
 async def test_routes_work_below_a_proxys_prefix(server: Server) -> None:
-    """With `--root-path`, every path that the server sees begins with it."""
+    """Routes work below a prefix (`--root-path`), with which every path then begins."""
     below: dict[str, Any] = {"root_path": "/api"}
 
     models = await server.request("GET", "/api/v1/models", **below).finish()
@@ -357,7 +357,7 @@ async def test_routes_work_below_a_proxys_prefix(server: Server) -> None:
 
 
 async def test_status_is_a_snapshot_of_everything(server: Server) -> None:
-    """One object says what is active, what is held, and what every model holds."""
+    """The status has the active model, the held requests, and the memory of every model."""
     stream = await server.start_stream("llama")
 
     body = (await server.get("/admin/status")).json()
@@ -396,7 +396,7 @@ async def test_status_is_a_snapshot_of_everything(server: Server) -> None:
 
 
 async def test_status_shows_budgets_and_what_is_used_of_them(make_server: MakeServer) -> None:
-    """Device memory with what the engine host holds itself; host memory of models alone."""
+    """Device memory includes the engine host's own; host memory is that of models alone."""
     asleep = FakeSettings(offloads=True)
     server = await make_server(settings={"qwen": asleep}, budget=Usage(9 * MIB, 5 * MIB))
     server.host.base_bytes = 7
@@ -411,7 +411,7 @@ async def test_status_shows_budgets_and_what_is_used_of_them(make_server: MakeSe
 
 
 async def test_status_shows_a_model_that_died(server: Server) -> None:
-    """With the cause."""
+    """The status shows a model that died, with the cause."""
     server.host.kill_engine("qwen", "RuntimeError: boom")
 
     qwen = (await server.get("/admin/status")).json()["models"]["qwen"]
@@ -420,7 +420,7 @@ async def test_status_shows_a_model_that_died(server: Server) -> None:
 
 
 async def test_status_counts_switches(server: Server) -> None:
-    """Those that have ended, and those that failed."""
+    """The status counts switches that have ended, and those that failed."""
     await server.switch("qwen")
     server.host.fail_next("load", "mistral")
     await server.switch("mistral")
@@ -429,7 +429,7 @@ async def test_status_counts_switches(server: Server) -> None:
 
 
 async def test_status_shows_a_switch_under_way(server: Server) -> None:
-    """Phase, target and how many requests are held for it."""
+    """The status of a switch has phase, target and the number of requests that wait for it."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -449,7 +449,7 @@ async def test_status_shows_a_switch_under_way(server: Server) -> None:
 
 @pytest.mark.parametrize("path", ["/health", "/ping"])
 async def test_health_is_good_while_something_can_be_served(server: Server, path: str) -> None:
-    """200 with a model active, and during a switch."""
+    """Health is 200 while a model is active, and during a switch."""
     assert 200 == (await server.get(path)).status_code
 
     server.host.hold("activate", "qwen")
@@ -462,12 +462,12 @@ async def test_health_is_good_while_something_can_be_served(server: Server, path
 
 
 async def test_health_can_be_asked_with_head(server: Server) -> None:
-    """Load balancers do."""
+    """Health can be requested with HEAD, as load balancers do."""
     assert 200 == (await server.request("HEAD", "/health").finish()).status
 
 
 async def test_ready_tells_why_nothing_can_be_served(server: Server) -> None:
-    """503 with state and reason while a model is brought back; the server lives all the time."""
+    """During recovery it is 503 with state and reason; the server is live all the time."""
     assert {"ready": True, "active": "llama", "epoch": 1} == (await server.get("/ready")).json()
 
     server.host.kill("the engine host was killed by signal 9")
@@ -486,7 +486,7 @@ async def test_ready_tells_why_nothing_can_be_served(server: Server) -> None:
 
 
 async def test_server_that_has_given_up_is_not_live(make_server: MakeServer) -> None:
-    """The reason is told, and stays."""
+    """A server that has given up recovery is not live; the reason is shown, and stays."""
     server = await make_server(recovery=RecoveryConfig(max_restarts=0))
 
     server.host.kill("the engine host was killed by signal 9")
@@ -504,7 +504,7 @@ async def test_server_that_has_given_up_is_not_live(make_server: MakeServer) -> 
 
 
 async def test_metrics_are_prometheus_text(server: Server) -> None:
-    """The content type that Prometheus expects."""
+    """Metrics have the content type that Prometheus expects."""
     response = await server.get("/metrics")
 
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -512,7 +512,7 @@ async def test_metrics_are_prometheus_text(server: Server) -> None:
 
 
 async def test_metrics_begin_with_the_first_activation(server: Server) -> None:
-    """Before any switch: one epoch, the active model, the loads of the start-up."""
+    """Before any switch, metrics have one epoch, the active model, and the loads of the start."""
     text = (await server.get("/metrics")).text
 
     assert 1 == sample(text, "hotswap_epoch")
@@ -522,7 +522,7 @@ async def test_metrics_begin_with_the_first_activation(server: Server) -> None:
 
 
 async def test_metrics_count_switches_phases_and_requests(server: Server) -> None:
-    """Each by its target or model and its result."""
+    """Metrics count switches, phases and requests by their target or model and their result."""
     await server.ask("llama")
     stream = await server.start_stream("llama", words=20)
     await server.switch("qwen", 0)
@@ -544,7 +544,7 @@ async def test_metrics_count_switches_phases_and_requests(server: Server) -> Non
 
 
 async def test_metrics_tell_where_models_are(server: Server) -> None:
-    """What each holds now, of which budget, and how often it has moved where."""
+    """Metrics show what each model holds, of which budget, and its moves by residency."""
     await server.post("/admin/models/qwen/sleep", json={"level": 1})
     await server.post("/admin/models/qwen/unload")
 
@@ -558,7 +558,7 @@ async def test_metrics_tell_where_models_are(server: Server) -> None:
 
 
 async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> None:
-    """Gauges are read when they are asked for."""
+    """Gauges for requests in flight and waiting are read at the moment of the request."""
     stream = await server.start_stream("llama")
     switch = server.switch("qwen")
     await server.settled()
@@ -579,7 +579,7 @@ async def test_metrics_show_what_is_in_flight_and_waiting(server: Server) -> Non
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
 async def test_own_routes_read_json_in_every_encoding(server: Server, encoding: str) -> None:
-    """As vLLM's routes do: what names a model there names it here."""
+    """Our routes decode JSON as vLLM's do, so that a name means the same model in both."""
     switch = json.dumps({"model": "qwen"}).encode(encoding)
     pin = json.dumps({"pinned": True}).encode(encoding)
 
@@ -601,7 +601,7 @@ async def test_own_routes_read_json_in_every_encoding(server: Server, encoding: 
 async def test_own_routes_take_json_and_what_curl_sends(
     server: Server, content_type: str | None, status: int
 ) -> None:
-    """`curl -d` without a header works; what only a web page would send does not."""
+    """Our routes accept JSON, and what `curl -d` sends, but not what only web pages send."""
     headers = {"content-type": content_type} if content_type else {}
 
     answer = await server.post("/v1/models/switch", content=b'{"model": "qwen"}', headers=headers)
@@ -611,13 +611,13 @@ async def test_own_routes_take_json_and_what_curl_sends(
 
 
 async def test_own_routes_take_no_large_bodies(server: Server) -> None:
-    """They parse what they get in one go, and need little."""
+    """Our routes refuse large bodies: they parse a body in one piece, and need little."""
     answer = await server.post("/v1/models/switch", json={"model": "x" * (1 << 20)})
 
     assert (413, "body_too_large") == (answer.status_code, answer.json()["error"]["code"])
 
 
-# --- how requests ended ---------------------------------------------------------------------
+# --- results of requests --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -626,7 +626,7 @@ async def test_own_routes_take_no_large_bodies(server: Server) -> None:
 async def test_requests_are_counted_by_what_they_were_answered(
     server: Server, status: int, result: str
 ) -> None:
-    """An error of the model's application is no request that was served."""
+    """An error of the model's application is not counted as a served request."""
 
     async def endpoint(request: Request) -> Response:
         return Response(status_code=status)
@@ -644,7 +644,7 @@ async def test_requests_are_counted_by_what_they_were_answered(
 
 @pytest.mark.parametrize("alias", ["模型", "型模", "modèle", "50% 型", "org/llama:8b", "a\r\nb"])
 async def test_alias_in_a_header_can_be_read_back(make_server: MakeServer, alias: str) -> None:
-    """Percent-encoded where it is not visible ASCII; no two aliases look alike."""
+    """An alias is percent-encoded unless visible ASCII; two aliases never look alike."""
     server = await make_server(aliases=(alias, "qwen"), load=(alias,), default=alias)
 
     header = (await server.ask(alias)).headers["x-hotswap-model"]
@@ -655,7 +655,7 @@ async def test_alias_in_a_header_can_be_read_back(make_server: MakeServer, alias
 
 
 async def test_plain_alias_in_a_header_is_as_it_is(make_server: MakeServer) -> None:
-    """Nobody has to decode what needs no encoding."""
+    """An alias of visible ASCII is not encoded in a header."""
     server = await make_server(
         aliases=("org/llama-3:8b_q4.k",), load=(), default="org/llama-3:8b_q4.k"
     )
@@ -670,7 +670,7 @@ async def test_plain_alias_in_a_header_is_as_it_is(make_server: MakeServer) -> N
 
 @pytest.mark.parametrize("how", ["switch", "load"])
 async def test_failed_model_comes_back_without_a_restart(server: Server, how: str) -> None:
-    """Its engine died; a switch to it, or a load, makes another one in the same host."""
+    """After its engine died, a switch to it, or a load, makes a new engine in the same host."""
     server.host.kill_engine("qwen")
     await server.settled()
     failed = (await server.get("/admin/status")).json()["models"]["qwen"]

@@ -1,4 +1,4 @@
-"""The outer application: which routes are reached, and by web pages of which origins."""
+"""The outer application: which routes can be reached, and by web pages of which origins."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ KEYS = Access(user_keys=("user",))
 
 
 def browser(server: Server) -> httpx.AsyncClient:
-    """A client of the server as it is with `--allowed-origins '["https://page.example"]'`."""
+    """A client of a server with `--allowed-origins '["https://page.example"]'`."""
     app = CrossOrigin(server.app, allow_origins=[PAGE], allow_methods=["*"], allow_headers=["*"])
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server")
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/files"])
 async def test_post_to_a_route_that_is_not_known_is_refused(server: Server, path: str) -> None:
-    """404 in OpenAI's form, and no model's application is asked."""
+    """A POST to an unknown route gets 404 in OpenAI's form, and reaches no model's application."""
     response = await server.post(path, json={"model": "llama"})
 
     error = response.json()["error"]
@@ -34,7 +34,7 @@ async def test_post_to_a_route_that_is_not_known_is_refused(server: Server, path
 
 
 async def test_version_is_told_while_nothing_can_be_served() -> None:
-    """vLLM's answer, without a key, before any model is loaded and after the host's death."""
+    """`/version` is vLLM's, needs no key, and works before any load and after the host's death."""
     app = HotswapApp(FakeHost(("llama",)), KEYS, vllm_version="0.32.0")
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
@@ -44,7 +44,7 @@ async def test_version_is_told_while_nothing_can_be_served() -> None:
 
 
 async def test_preflight_needs_no_key(make_server: MakeServer) -> None:
-    """A browser never sends one with it."""
+    """A preflight needs no key, because browsers never send one with it."""
     server = await make_server(access=KEYS)
     async with browser(server) as client:
         response = await client.options(CHAT, headers=PREFLIGHT)
@@ -54,7 +54,7 @@ async def test_preflight_needs_no_key(make_server: MakeServer) -> None:
 
 
 async def test_preflight_of_another_origin_is_refused(make_server: MakeServer) -> None:
-    """Only the origins of `--allowed-origins` are let in."""
+    """Preflights are accepted only from the origins of `--allowed-origins`."""
     server = await make_server(access=KEYS)
     async with browser(server) as client:
         response = await client.options(CHAT, headers={**PREFLIGHT, "origin": "https://evil"})
@@ -68,7 +68,7 @@ async def test_preflight_of_another_origin_is_refused(make_server: MakeServer) -
 async def test_page_of_an_allowed_origin_can_read_our_own_answers(
     server: Server, path: str, status: int
 ) -> None:
-    """Errors, too: without the header a browser would show none of them."""
+    """Pages of an allowed origin can read our errors, which browsers hide without the header."""
     async with browser(server) as client:
         response = await client.get(path, headers={"origin": PAGE})
 
@@ -76,7 +76,7 @@ async def test_page_of_an_allowed_origin_can_read_our_own_answers(
 
 
 async def test_page_can_read_that_its_model_is_not_active(server: Server) -> None:
-    """An error of the router has the header, as vLLM's own errors have."""
+    """An error of the router has the header, as vLLM's own errors do."""
     async with browser(server) as client:
         response = await client.post(CHAT, json={"model": "qwen"}, headers={"origin": PAGE})
 
@@ -84,7 +84,7 @@ async def test_page_can_read_that_its_model_is_not_active(server: Server) -> Non
 
 
 async def test_headers_of_a_models_own_application_are_not_doubled(server: Server) -> None:
-    """vLLM puts the same middleware into each model's application."""
+    """Headers appear once, although vLLM adds the same middleware to each model's application."""
     server.host.engines["llama"].app.add_middleware(CORSMiddleware, allow_origins=[PAGE])
     async with browser(server) as client:
         response = await client.post(CHAT, json={"model": "llama"}, headers={"origin": PAGE})

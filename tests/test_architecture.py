@@ -1,4 +1,4 @@
-"""The layout says what the architecture is: dependencies go downward, vLLM has few doors."""
+"""The layers of the package: imports go downward, and few modules import vLLM."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ LAYERS = [
     {"cli"},
     {"entrypoints.openai.multi_model_api_server", "__main__"},
 ]
-"""Modules by height: each may import what lies lower, and its own layer."""
+"""Modules by height: each may import modules below it, and its own layer."""
 
 VLLM_DOORS = {
     "compat.adapters",
@@ -251,7 +251,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Absolute names that a module imports, wherever in it."""
+    """Absolute names that a module imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -261,7 +261,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def height(module: str) -> int:
-    """Which layer a module, or the package that it belongs to, is in."""
+    """Return the layer of a module, or of the package that contains it."""
     for number, layer in enumerate(LAYERS):
         if module in layer:
             return number
@@ -270,7 +270,7 @@ def height(module: str) -> int:
 
 @pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: str(value)[-30:])
 def test_imports_go_downward(module: str, path: Path) -> None:
-    """No module imports one that lies higher."""
+    """No module imports a module of a higher layer."""
     known = {name for name, _ in modules()}
     imported = {name.removeprefix("vllm_hotswap.") for name in imports(path)} & known
 
@@ -278,7 +278,7 @@ def test_imports_go_downward(module: str, path: Path) -> None:
 
 
 def test_few_modules_import_vllm() -> None:
-    """What depends on vLLM's insides is easy to find."""
+    """Only a few modules, which are listed here, import vLLM."""
     doors = {
         module
         for module, path in modules()

@@ -1,4 +1,4 @@
-"""Memory that is zero without being written."""
+"""Zeroed memory that takes no physical pages until it is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="n
 
 
 def test_memory_is_zero_and_costs_nothing_until_it_is_written() -> None:
-    """Neither allocating nor reading a byte makes the process much larger."""
+    """Neither allocating the memory nor reading it makes the process much larger."""
     before = resident_bytes()
 
     memory = Arena().allocate(512 * MIB)
@@ -28,7 +28,7 @@ def test_memory_is_zero_and_costs_nothing_until_it_is_written() -> None:
 
 
 def test_memory_given_back_is_zero_and_costs_nothing_but_stays_mapped() -> None:
-    """What was written is gone; the same mapping can be written again."""
+    """Released memory is zero again, takes no pages, and can be written again."""
     arena = Arena()
     memory = arena.allocate(64 * MIB)
     memory[:] = b"x" * len(memory)
@@ -43,7 +43,7 @@ def test_memory_given_back_is_zero_and_costs_nothing_but_stays_mapped() -> None:
 
 
 def test_memory_that_nobody_uses_is_unmapped() -> None:
-    """The arena does not keep it, and has no more of it to give back."""
+    """Unused memory is unmapped: the arena neither keeps it nor can release it again."""
     arena = Arena()
     memory = arena.allocate(MIB)
     seen = weakref.ref(memory)
@@ -58,7 +58,7 @@ def test_memory_that_nobody_uses_is_unmapped() -> None:
 
 
 def test_memory_that_is_in_use_outlives_its_arena() -> None:
-    """A tensor made from it can be read after its worker is gone."""
+    """A tensor in the memory of an arena can be read after its worker is gone."""
     memory = Arena().allocate(MIB)
     view = memoryview(memory)
     del memory
@@ -67,7 +67,7 @@ def test_memory_that_is_in_use_outlives_its_arena() -> None:
 
 
 def test_free_memory_can_be_given_back_at_any_time() -> None:
-    """Whatever the allocator is."""
+    """Free memory can be released at any time, whatever the allocator is."""
     give_back_free_memory()
 
 

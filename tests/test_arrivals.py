@@ -1,4 +1,4 @@
-"""New connections on a real socket: who is looked at, and who is built, in which order."""
+"""New connections on a real socket: which ones are looked at and set up, and in which order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def at(server: Server) -> AsyncIterator[Listening]:
 
 
 class Standstill:
-    """No turn of the door ends, until `go_on`."""
+    """No admission of a connection ends before `go_on`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
@@ -48,7 +48,7 @@ def standstill(at: Listening, monkeypatch: pytest.MonkeyPatch) -> Standstill:
 async def test_no_more_is_accepted_than_can_be_looked_at(
     at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What waits in the system's queue costs no file of ours."""
+    """Only as many connections are accepted as can be examined; others use no descriptors."""
     at.shared.door.most_waiting = 3
     (acceptor,) = at.acceptors
     clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 10)]
@@ -61,7 +61,7 @@ async def test_no_more_is_accepted_than_can_be_looked_at(
 
 
 async def test_who_has_gone_before_its_turn_has_none(at: Listening, standstill: Standstill) -> None:
-    """And a server that ends leaves none behind."""
+    """A client that left before its turn gets none, and a server that stops leaves none behind."""
     (acceptor,) = at.acceptors
     clients = [await Raw.connect(at.port) for _ in range(PER_TURN + 3)]
     await until(lambda: len(at.shared.door.steps) == 3)
@@ -78,7 +78,7 @@ async def test_who_has_gone_before_its_turn_has_none(at: Listening, standstill: 
 async def test_addresses_take_turns(
     at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who comes from another one is not behind all that have come before."""
+    """A client at another address does not wait behind all earlier connections."""
     looked_at: list[str | None] = []
     begin = Arrival._begin
 
@@ -100,7 +100,7 @@ async def test_addresses_take_turns(
 async def test_nothing_is_built_for_who_has_gone_since_it_was_heard(
     at: Listening, standstill: Standstill, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is looked at again when its turn comes."""
+    """A client that closed in the meantime gets no connection object at its turn."""
     built: list[Connection] = []
     make = Connection.__init__
     monkeypatch.setattr(
@@ -125,7 +125,7 @@ async def test_nothing_is_built_for_who_has_gone_since_it_was_heard(
 async def test_who_has_waited_for_its_debt_takes_its_turn(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An address in debt does not come in before others."""
+    """An address in debt does not come before others."""
     server = await make_server(access=Access(user_keys=["right"]))
     async with listening_with(server, FEW) as at:
         at.shared.door.refusals.charge(["127.0.0.1"], AT_ONCE + 2)
@@ -145,7 +145,7 @@ async def test_who_has_waited_for_its_debt_takes_its_turn(
 async def test_nothing_is_built_for_who_has_closed(
     at: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody is left to read the answer."""
+    """No connection object is made for a closed client: it would not read the answer."""
     built: list[Connection] = []
     make = Connection.__init__
     monkeypatch.setattr(
@@ -169,7 +169,7 @@ async def test_nothing_is_built_for_who_has_closed(
 async def test_what_ends_while_it_is_built_is_told_nothing_wrong(
     at: Listening, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The server ends, and has places: there are not too many connections."""
+    """A client of a stopping server is not reported as one connection too many."""
     make = Connection.__init__
 
     def ended(self: Connection, *given: Any) -> None:

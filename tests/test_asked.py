@@ -21,7 +21,7 @@ from vllm_hotswap.turns import at_once
 
 LIMITS = LimitsConfig()
 LARGE = {"padding": "x" * SMALL_BYTES}
-"""Makes a body that is scanned."""
+"""Makes a body that is scanned rather than parsed."""
 
 
 def members_of(path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -30,14 +30,14 @@ def members_of(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def requests_of(path: str, **body: Any) -> int:
-    """Of a small body, and of a large one, which are read in different ways."""
+    """Count the requests in a body, small and large: these are read in different ways."""
     small, large = members_of(path, body), members_of(path, LARGE | body)
     assert asked.requests_of(path, small, LIMITS) == asked.requests_of(path, large, LIMITS)
     return asked.requests_of(path, small, LIMITS)
 
 
 def test_every_route_that_takes_a_body_is_known() -> None:
-    """A new one has to be looked at: may it ask for several things at once?"""
+    """A new route must be reviewed: can one request ask for several things at once?"""
     posts = {route.removeprefix("POST ") for route in VLLM_USER_ROUTES if route.startswith("POST")}
     assert posts - {"/v1/responses/{response_id}/cancel"} == {*asked.LISTS, *asked.ONE}
     assert WEBSOCKET not in posts
@@ -94,7 +94,7 @@ def test_every_route_that_takes_a_body_is_known() -> None:
 def test_every_thing_that_is_asked_for_counts(
     path: str, body: dict[str, Any], requests: int | None
 ) -> None:
-    """Prompts, items and conversations times the answers to each; None: that is too many."""
+    """Prompts, items and conversations count times the answers to each; None means too many."""
     if requests is None:
         with pytest.raises(CallTooLarge, match=r"limits\.requests_per_call"):
             requests_of(path, **body)
@@ -127,7 +127,7 @@ MANY = ["x" * 30] * 1025
 def test_what_is_generated_has_a_bound_of_its_own(
     path: str, body: dict[str, Any], is_refused: bool
 ) -> None:
-    """Its answers are written in one piece; what models pool is written beside the event loop."""
+    """Generated answers have a lower limit than pooled ones: they are written in one piece."""
     if is_refused:
         with pytest.raises(CallTooLarge, match=r"limits\.answers_per_call"):
             requests_of(path, **body)
@@ -144,7 +144,7 @@ values = st.recursive(
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), values), max_size=5), st.integers(1, 40))
 def test_members_are_what_parsing_finds(items: list[tuple[str, Any]], piece_bytes: int) -> None:
-    """Each as it is written, the last one of equal keys, wherever a piece ends; and its size."""
+    """Each member has its raw text and size; of equal keys the last counts, however it is split."""
     raw = (
         "{" + " , ".join(f'"{key}" : {json.dumps(value)}' for key, value in items) + "}"
     ).encode()
@@ -161,13 +161,13 @@ def test_members_are_what_parsing_finds(items: list[tuple[str, Any]], piece_byte
 
 
 class Raw(str):
-    """JSON, as it is written."""
+    """JSON text that is kept as written."""
 
     __slots__ = ()
 
 
 def check_grammar(limits: LimitsConfig = LIMITS, are_strict: bool = False, **body: Any) -> None:
-    """Of a small body or a large one."""
+    """Check the grammar of a small or a large body."""
     written = (
         f"{json.dumps(key)}: {value if isinstance(value, Raw) else json.dumps(value)}"
         for key, value in body.items()
@@ -205,13 +205,13 @@ def texts_with(parts: int) -> list[dict[str, Any]]:
 
 
 def named_texts(parts: int) -> dict[str, Any]:
-    """Each by a reference."""
+    """Return a schema of texts, each used through a reference."""
     named = {f"p{part}": text_with(part) for part in range(parts)}
     return {"$defs": named, "allOf": [{"$ref": f"#/$defs/{name}"} for name in named]}
 
 
 def chain_of(parts: int) -> dict[str, Any]:
-    """Each refers to the next."""
+    """Return a schema in which each definition refers to the next."""
     named = {f"p{n}": {**text_with(n), "$ref": f"#/$defs/p{n + 1}"} for n in range(parts)}
     return {"$defs": named, "$ref": "#/$defs/p0"}
 
@@ -300,7 +300,7 @@ LIGHT_TOOLS = [{"type": "function", "function": {"name": "f", "parameters": sche
     ],
 )
 def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any]) -> None:
-    """Whatever it is made from, and however it is written."""
+    """A grammar that takes too long is refused, whatever its kind, and however it is written."""
     with pytest.raises(GrammarTooLarge, match=r"limits\.grammar_") as caught:
         check_grammar(**body)
     assert (caught.value.param or "").startswith(next(iter(body)))
@@ -343,12 +343,12 @@ def test_grammar_that_takes_too_long_to_compile_is_refused(body: dict[str, Any])
     ],
 )
 def test_usual_grammars_pass(body: dict[str, Any]) -> None:
-    """And tools that the model may call or not, which are no grammar."""
+    """Usual grammars pass, and so do tools that the model may skip, which make no grammar."""
     check_grammar(**body)
 
 
 def test_tools_are_strict_where_the_model_says_so() -> None:
-    """With vLLM's --tool-strict-level parameter."""
+    """Tools are strict where vLLM's --tool-strict-level parameter says so."""
     check_grammar(tools=TOOLS)
     check_grammar(tools=TOOLS, tool_choice="none", are_strict=True)
     check_grammar(tools=LIGHT_TOOLS, are_strict=True)
@@ -357,7 +357,7 @@ def test_tools_are_strict_where_the_model_says_so() -> None:
 
 
 def test_parts_of_a_grammar_count_together() -> None:
-    """Two halves are a whole."""
+    """The parts of a grammar count as a whole."""
     half = {"choice": ["x"] * 600}
     limits = LimitsConfig(grammar_values=1000)
     check_grammar(limits, structured_outputs=half)
@@ -369,7 +369,7 @@ def test_parts_of_a_grammar_count_together() -> None:
 
 
 async def test_what_is_too_much_for_one_call_gets_413(make_server: MakeServer) -> None:
-    """With the setting that says so, and before the model's application has it."""
+    """Too large a request gets 413 with the setting, before the application gets it."""
     server = await make_server()
 
     many = await server.ask("llama", path="/v1/completions", prompt=["a"] * 3000)
@@ -386,7 +386,7 @@ async def test_what_is_too_much_for_one_call_gets_413(make_server: MakeServer) -
     ids=["spaces", "zeros"],
 )
 async def test_number_that_is_written_at_length_counts(server: Server, written: bytes) -> None:
-    """vLLM reads it as any other."""
+    """A long spelling of a number counts as vLLM reads it."""
     body = b'{"model": "llama", "prompt": "x", ' + written + b"}"
     answer = await server.post(
         "/v1/completions", content=body, headers={"content-type": "application/json"}
@@ -397,7 +397,7 @@ async def test_number_that_is_written_at_length_counts(server: Server, written: 
 
 @pytest.mark.parametrize("mode", ["manual", "auto"])
 async def test_every_request_of_a_call_is_in_flight(make_server: MakeServer, mode: str) -> None:
-    """One call of seven leaves room for three of ten, until it is over."""
+    """A request for seven answers leaves room for three of ten, until it has ended."""
     server = await make_server(mode=mode, limits=LimitsConfig(in_flight=10))
     body = json.dumps({"model": "llama", "n": 7, "stream": True, "max_tokens": 3}).encode()
     call = server.request("POST", CHAT, body)

@@ -1,4 +1,4 @@
-"""Every call that changes state leaves a line of who made it, and nothing else can leave one."""
+"""Every call that changes state leaves an audit line that names the caller; no other call does."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def audit(tmp_path: Path) -> Iterator[AuditLog]:
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    """An adapter that may be added."""
+    """Return an adapter that may be added."""
     return write_adapter_for(tmp_path / "adapters" / "a", {"model.layers.0.q_proj": (8, 8)})
 
 
 class Audit:
-    """A server whose calls are written down."""
+    """A server with an audit log."""
 
     def __init__(self, server: Server, log: AuditLog, path: Path) -> None:
         self._log = log
@@ -61,7 +61,7 @@ class Audit:
         return await self.client.request(method, path, **{"headers": ADMIN, **kwargs})
 
     def lines(self) -> list[dict[str, Any]]:
-        """What is in the file in the end."""
+        """Return the lines that are in the file at the end."""
         self._log.close()
         return [json.loads(line) for line in self._path.read_text().splitlines()]
 
@@ -79,7 +79,7 @@ async def audited(make_server: MakeServer, audit: AuditLog, tmp_path: Path) -> A
 
 
 async def test_a_line_says_what_was_done_by_whom(audited: Audit) -> None:
-    """Time, call, model, role, fingerprint and name of the key, address, status, duration, body."""
+    """It has time, call, model, role, key fingerprint and name, address, status, duration, body."""
     key = Access(admin_keys=["admin"]).caller(as_headers(ADMIN)).key
 
     await audited.call("POST", SWITCH, json={"model": "qwen", "drain_timeout": 1})
@@ -108,7 +108,7 @@ def as_headers(headers: dict[str, str]) -> Headers:
 
 
 async def test_every_changing_route_leaves_a_line(audited: Audit) -> None:
-    """Moves, leases, announcements and adapters; with the model, wherever the call names it."""
+    """Moves, leases, announcements and adapters leave a line, with the model if it is named."""
     lease = await audited.call(
         "POST", "/admin/leases", json={"model": "qwen", "owner": "a", "ttl": 9}
     )
@@ -142,7 +142,7 @@ async def test_every_changing_route_leaves_a_line(audited: Audit) -> None:
 
 
 async def test_what_changes_nothing_leaves_no_line(audited: Audit) -> None:
-    """Reading, inference, pings, unknown routes."""
+    """Reading, inference, pings and unknown routes leave no line."""
     for method, path in [
         ("GET", "/admin/status"),
         ("GET", "/v1/models"),
@@ -156,7 +156,7 @@ async def test_what_changes_nothing_leaves_no_line(audited: Audit) -> None:
 
 
 async def test_who_may_not_is_told_if_he_is_known(audited: Audit) -> None:
-    """A user who tries is; nobody without a key can fill the disk."""
+    """A user's attempt is logged; callers without a key cannot fill the disk."""
     for headers in (USER, {}, {"authorization": "Bearer guess"}):
         response = await audited.call("POST", SWITCH, headers=headers, json={"model": "qwen"})
         assert response.status_code in (401, 403)
@@ -167,7 +167,7 @@ async def test_who_may_not_is_told_if_he_is_known(audited: Audit) -> None:
 
 @pytest.mark.parametrize("is_whole", [True, False])
 async def test_a_call_that_is_refused_says_what_was_asked(audited: Audit, is_whole: bool) -> None:
-    """Though nobody reads its body; one that does not come is not waited for."""
+    """The line has the refused body, though no route reads it; a late body is not waited for."""
     kept = asyncio.Event()
 
     async def body() -> AsyncIterator[bytes]:
@@ -187,7 +187,7 @@ async def test_a_call_that_is_refused_says_what_was_asked(audited: Audit, is_who
 
 
 async def test_failed_calls_leave_their_status(audited: Audit) -> None:
-    """A wrong alias, a wrong body."""
+    """A wrong alias or a wrong body leaves a line with its status."""
     await audited.call("POST", SWITCH, json={"model": "nobody"})
     await audited.call("POST", SWITCH, content=b"{")
 
@@ -198,7 +198,7 @@ async def test_failed_calls_leave_their_status(audited: Audit) -> None:
 
 
 async def test_the_model_is_what_the_answer_says(audited: Audit, lora: Path) -> None:
-    """What the caller wrote stands apart, and is cut: it may be anything."""
+    """The model is the answer's; the caller's text is a separate field, and truncated."""
     lease = await audited.call(
         "POST", "/admin/leases", json={"model": "qwen", "owner": "a", "ttl": 9}
     )
@@ -223,7 +223,7 @@ async def test_the_model_is_what_the_answer_says(audited: Audit, lora: Path) -> 
 
 
 async def test_a_long_answer_still_names_its_model(audit: AuditLog, tmp_path: Path) -> None:
-    """Of a switch for which many models moved."""
+    """A long answer, of a switch that moved many models, still names its model."""
     body = {"previous_model": "a", "current_model": "b", "evicted": ["x" * 100] * 200}
     table = RouteTable([Route("POST", "/a", Role.ADMIN)])
     app = Audited(JSONResponse(body), table, Access(), audit)
@@ -243,7 +243,7 @@ async def test_a_long_answer_still_names_its_model(audit: AuditLog, tmp_path: Pa
 
 
 async def test_nothing_that_is_sent_forges_a_line(audited: Audit) -> None:
-    """Line ends in paths, bodies and names stay inside of strings; a line is always JSON."""
+    """Line ends in paths, bodies and names stay inside strings; a line is always JSON."""
     forged = '\n{"method": "POST", "path": "/forged"}\n\r\u2028'
     path = "/admin/models/a%0A%7B%22path%22%3A%20%22forged%22%7D%0D/sleep"
     await audited.call("POST", path)
@@ -265,7 +265,7 @@ async def test_nothing_that_is_sent_forges_a_line(audited: Audit) -> None:
 async def test_switch_and_lease_name_the_callers_key(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the log, and in the lease for admins; users and events are told none."""
+    """Log and lease have the key's name, for admins only; users and events do not get it."""
     access = Access(["user"], ["admin"])
     server = await make_server(access=access)
     key = access.caller(as_headers(ADMIN)).key
@@ -303,7 +303,7 @@ def paths(file: Path) -> list[str]:
 
 
 def test_file_is_its_owners_alone_and_only_grows(tmp_path: Path) -> None:
-    """What a server before has written stays."""
+    """Only the owner may read the file, and lines of an earlier server stay."""
     file = tmp_path / "audit"
     for path in ("/a", "/b"):
         log = AuditLog(file)
@@ -315,7 +315,7 @@ def test_file_is_its_owners_alone_and_only_grows(tmp_path: Path) -> None:
 
 
 def test_a_file_that_was_moved_away_is_made_anew_when_told_so(tmp_path: Path) -> None:
-    """Lines from before are in the old one: as logrotate wants it."""
+    """On request the file is reopened, as logrotate needs; old lines stay in the moved file."""
     file, old = tmp_path / "audit", tmp_path / "audit.1"
     log = AuditLog(file)
     log.write(line("/a"))
@@ -333,7 +333,7 @@ def test_a_file_that_was_moved_away_is_made_anew_when_told_so(tmp_path: Path) ->
 def test_a_file_that_cannot_be_opened_anew_leaves_the_one_from_before(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And one line in the log."""
+    """A file that cannot be reopened leaves the earlier one in use, with one line in the log."""
     file, old = tmp_path / "audit", tmp_path / "audit.1"
     log = AuditLog(file)
     file.rename(old)
@@ -349,7 +349,7 @@ def test_a_file_that_cannot_be_opened_anew_leaves_the_one_from_before(
 
 
 def test_a_line_that_cannot_be_written_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    """Here the disk is full. Nothing is raised, and later lines are tried again."""
+    """A full disk raises nothing, and later lines are tried again."""
     log = AuditLog.__new__(AuditLog)
     log._path, log._lines, log._pending = Path("/dev/full"), queue.SimpleQueue(), 0
     log._lock = module.threading.Lock()
@@ -368,7 +368,7 @@ def test_a_line_that_cannot_be_written_is_told(caplog: pytest.LogCaptureFixture)
 def test_lines_that_the_disk_does_not_take_are_bounded(
     audit: AuditLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A call neither waits for it, nor does memory grow without end."""
+    """A call does not wait for the disk, and memory does not grow without limit."""
     is_free = module.threading.Event()
     monkeypatch.setattr(module, "MAX_PENDING", 2)
     monkeypatch.setattr(module, "_write", lambda *_: is_free.wait(30))
@@ -398,7 +398,7 @@ def link(path: Path) -> None:
 def test_a_file_that_is_none_or_is_not_ours_ends_a_start(
     tmp_path: Path, make: Any, expected: str
 ) -> None:
-    """Links above all: root would write to wherever somebody else has them point."""
+    """A link, or another user's file, ends the start: root would write wherever it points."""
     folder = tmp_path / "folder"
     folder.mkdir()
     make(folder / "audit")
@@ -410,8 +410,8 @@ def test_a_file_that_is_none_or_is_not_ours_ends_a_start(
 async def test_a_client_that_leaves_is_told_without_a_status(
     audit: AuditLog, tmp_path: Path
 ) -> None:
-    """The call may have had its effect all the same."""
-    routes = Access()  # nobody is asked for a key
+    """A call whose client leaves is logged without a status: it may have had its effect."""
+    routes = Access()  # no key is needed
     started = asyncio.Event()
 
     async def app(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Mode `auto`: clients name a model, and the server switches."""
+"""Mode `auto`: clients name a model, and the server switches to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BAD_STREAM = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'
 
 @pytest.fixture
 async def auto(make_server: MakeServer) -> Server:
-    """llama is active, qwen is parked, mistral is cold, and the server switches by itself."""
+    """A server in mode `auto`: llama is active, qwen is parked, mistral is cold."""
     return await make_server(mode="auto")
 
 
@@ -37,11 +37,11 @@ def model_of(response: Any) -> str:
     return str(response.json()["model"])
 
 
-# --- who is served ------------------------------------------------------------------------------
+# --- served requests ----------------------------------------------------------------------------
 
 
 async def test_request_for_another_model_switches_to_it(auto: Server) -> None:
-    """Nobody has to call for a switch; the answer is the named model's."""
+    """No switch call is needed; the answer is the named model's."""
     assert "qwen" == model_of(await auto.ask("qwen"))
     assert "qwen" == auto.coordinator.active
     assert "llama" == model_of(await auto.ask("llama"))
@@ -49,20 +49,20 @@ async def test_request_for_another_model_switches_to_it(auto: Server) -> None:
 
 
 async def test_request_for_the_active_model_switches_nothing(auto: Server) -> None:
-    """As in the mode `manual`; so does one that names none."""
+    """Requests for the active model, or without a model, switch nothing, as in `manual`."""
     assert "llama" == model_of(await auto.ask("llama"))
     assert "llama" == model_of(await auto.ask(None))
     assert [] == targets(auto)
 
 
 async def test_cold_model_is_loaded_by_its_first_request(auto: Server) -> None:
-    """A model that has never been loaded has no frontend yet, and is waited for all the same."""
+    """A model that was never loaded has no frontend yet; its requests wait nevertheless."""
     assert "mistral" == model_of(await auto.ask("mistral"))
     assert ["mistral"] == targets(auto)
 
 
 async def test_request_waits_for_those_that_run(auto: Server) -> None:
-    """The active model's are served to their end; nobody is cut."""
+    """A request for another model waits until those of the active model have ended uncut."""
     first = await auto.start_stream("llama")
     second = auto.ask("qwen")
     await auto.settled()
@@ -74,7 +74,7 @@ async def test_request_waits_for_those_that_run(auto: Server) -> None:
 
 
 async def test_while_others_wait_the_active_model_serves_on(make_server: MakeServer) -> None:
-    """`batch` admits whoever comes for the active model, too, until others have lost enough."""
+    """`batch` admits later requests of the active model, too, until others have lost enough."""
     server = await make_server(mode="auto", min_active=1000)
     first = await server.start_stream("llama")
     waiting = server.ask("qwen")
@@ -86,7 +86,7 @@ async def test_while_others_wait_the_active_model_serves_on(make_server: MakeSer
 
 
 async def test_queue_of_a_model_is_served_by_one_switch(auto: Server) -> None:
-    """Requests that alternate are grouped by model."""
+    """Requests that alternate between models are grouped by model."""
     auto.host.hold("step", "llama")
     asked = [auto.ask(("llama", "qwen")[n % 2]) for n in range(20)]
     await auto.settled()
@@ -97,7 +97,7 @@ async def test_queue_of_a_model_is_served_by_one_switch(auto: Server) -> None:
 
 
 async def test_fifo_serves_strictly_in_order(make_server: MakeServer) -> None:
-    """One switch for every change of name: what grouping is compared with."""
+    """`fifo` switches once for every change of name: the baseline for grouping."""
     server = await make_server(mode="auto", policy="fifo")
     names = ["llama", "qwen"] * 4
     asked = [server.ask(name, name=f"{name}{n}") for n, name in enumerate(names)]
@@ -107,7 +107,7 @@ async def test_fifo_serves_strictly_in_order(make_server: MakeServer) -> None:
 
 
 async def test_order_within_a_model_is_kept(auto: Server) -> None:
-    """Whoever came first is admitted first."""
+    """Requests of one model are admitted in the order of their arrival."""
     auto.host.hold("activate", "qwen")
     asked = [auto.ask("qwen", name=str(n)) for n in range(5)]
     await auto.settled()
@@ -116,11 +116,11 @@ async def test_order_within_a_model_is_kept(auto: Server) -> None:
     assert ["0", "1", "2", "3", "4"] == auto.answered
 
 
-# --- what never switches ------------------------------------------------------------------------
+# --- requests that never switch -----------------------------------------------------------------
 
 
 async def test_bad_request_never_switches(auto: Server) -> None:
-    """Its own frontend refuses it at once, while another model is still active."""
+    """A bad request is refused by its frontend at once, while another model is still active."""
     response = await auto.post(CHAT, json={"model": "qwen", "max_tokens": "many"})
     assert 400 == response.status_code
     assert [] == targets(auto)
@@ -128,14 +128,14 @@ async def test_bad_request_never_switches(auto: Server) -> None:
 
 
 async def test_bad_request_never_loads_a_model(auto: Server) -> None:
-    """Not even one that has no frontend yet."""
+    """A bad request does not load its model, even if that has no frontend yet."""
     response = await auto.ask("mistral", max_tokens="many")
     assert 400 == response.status_code
     assert ("load", "mistral") not in auto.host.operations
 
 
 async def test_request_that_needs_no_engine_never_switches(auto: Server) -> None:
-    """Its frontend answers it, whatever model is active."""
+    """A request that needs no engine is answered by its frontend, whichever model is active."""
     response = await auto.post("/tokenize", json={"model": "qwen", "prompt": "a b"})
     assert 200 == response.status_code
     assert [] == targets(auto)
@@ -146,11 +146,11 @@ async def test_unknown_model_is_refused(auto: Server) -> None:
     assert 404 == response.status_code
 
 
-# --- what the client sees -----------------------------------------------------------------------
+# --- what the client gets -----------------------------------------------------------------------
 
 
 async def test_answer_tells_how_long_it_waited(auto: Server) -> None:
-    """In headers, where they have not been sent before."""
+    """Headers give the time that an answer waited, unless they were sent before."""
     served = await auto.ask("llama")
     assert ("llama", "0", "1") == tuple(
         served.headers[f"x-hotswap-{name}"] for name in ("model", "switched", "epoch")
@@ -163,7 +163,7 @@ async def test_answer_tells_how_long_it_waited(auto: Server) -> None:
 
 
 async def test_waiting_stream_is_told_so_at_once(auto: Server) -> None:
-    """With comments, which clients pass over and which keep the connection open."""
+    """A waiting stream gets comments at once, which clients skip; they keep it open."""
     first = await auto.start_stream("llama")
     second = auto.stream("qwen")
     assert ": waiting for qwen\n\n" == await second.next_event()
@@ -176,7 +176,7 @@ async def test_waiting_stream_is_told_so_at_once(auto: Server) -> None:
 
 
 async def test_stream_of_a_model_that_was_never_loaded_begins_at_once(auto: Server) -> None:
-    """Before there is a frontend that could answer; what that says follows."""
+    """Such a stream begins before its frontend exists; the frontend's answer follows."""
     auto.host.hold("load", "mistral")
     stream = auto.stream("mistral")
     assert ": waiting for mistral\n\n" == await stream.next_event()
@@ -193,7 +193,7 @@ async def test_stream_of_a_model_that_was_never_loaded_begins_at_once(auto: Serv
 
 
 async def test_stream_below_a_proxys_prefix_begins_at_once_too(auto: Server) -> None:
-    """With `--root-path`, every path begins with it; what is looked at is the route."""
+    """A stream below a proxy's prefix (`--root-path`) begins at once, too."""
     path, below = f"/api{CHAT}", {"root_path": "/api"}
     body = json.dumps({"model": "mistral", "stream": True, "max_tokens": 1}).encode()
 
@@ -207,7 +207,7 @@ async def test_stream_below_a_proxys_prefix_begins_at_once_too(auto: Server) -> 
 
 
 async def test_stream_of_a_model_that_cannot_be_loaded_ends_with_the_error(auto: Server) -> None:
-    """As an event: the answer has begun."""
+    """The stream of a model that cannot be loaded ends with the error as an event."""
     auto.host.fail_next("load", "mistral")
     stream = auto.stream("mistral")
 
@@ -218,7 +218,7 @@ async def test_stream_of_a_model_that_cannot_be_loaded_ends_with_the_error(auto:
 
 
 async def test_answer_that_is_no_stream_does_not_begin_before_its_frontend(auto: Server) -> None:
-    """It can still say with its status that the model could not be loaded."""
+    """An answer that is not a stream waits, so its status can report a load that failed."""
     auto.host.fail_next("load", "mistral")
 
     assert 503 == (await auto.ask("mistral")).status_code
@@ -227,7 +227,7 @@ async def test_answer_that_is_no_stream_does_not_begin_before_its_frontend(auto:
 async def test_what_the_frontend_refuses_nevertheless_is_the_last_event(
     auto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has been looked at before there was a frontend, and nothing was known against it."""
+    """A stream that was begun ends with what its frontend refuses, although the preview did not."""
     engine = auto.coordinator.registry.model("mistral").engine
     monkeypatch.setattr(engine, "preview", AsyncMock(return_value=Previewed(is_accepted=True)))
 
@@ -241,7 +241,7 @@ async def test_what_the_frontend_refuses_nevertheless_is_the_last_event(
 async def test_stream_that_nobody_has_looked_at_begins_when_somebody_can(
     auto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is wrong with it is told with its status: the installed vLLM may have no preview."""
+    """Without a preview a stream begins only when checked, so a bad one gets its error status."""
     engine = auto.coordinator.registry.model("mistral").engine
     monkeypatch.setattr(engine, "preview", AsyncMock(return_value=Previewed()))
 
@@ -252,7 +252,7 @@ async def test_stream_that_nobody_has_looked_at_begins_when_somebody_can(
 
 
 async def test_bad_request_does_not_load_its_model(auto: Server) -> None:
-    """It is told what is wrong with it, and its place is free again."""
+    """A bad request gets its error without a load, and its place is free again."""
     answer = await auto.request("POST", CHAT, BAD_STREAM).finish()
 
     assert 400 == answer.status
@@ -264,7 +264,7 @@ async def test_bad_request_does_not_load_its_model(auto: Server) -> None:
 async def test_model_that_is_loaded_meanwhile_takes_the_request_over(
     auto: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its frontend looks at it before it waits for a turn."""
+    """The loaded model's frontend checks the request before the request waits for a turn."""
     model = auto.coordinator.registry.model("mistral")
     is_looked_at, may_go_on = asyncio.Event(), asyncio.Event()
 
@@ -286,7 +286,7 @@ async def test_model_that_is_loaded_meanwhile_takes_the_request_over(
 def test_looking_at_a_request_counts_as_waiting(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the clock of the header, and of `wait_timeout`."""
+    """The time of the preview counts in the header, and for `wait_timeout`."""
 
     async def preview(*_: object) -> Previewed:
         await asyncio.sleep(7)
@@ -300,7 +300,7 @@ def test_looking_at_a_request_counts_as_waiting(
 
 
 def test_stream_that_waits_for_a_load_for_too_long_ends_with_the_error(play: Play) -> None:
-    """`wait_timeout` holds for it, too."""
+    """A stream that waits for a load longer than `wait_timeout` ends with the error."""
 
     async def story(server: Server) -> None:
         server.host.hold("load", "mistral")
@@ -314,7 +314,7 @@ def test_stream_that_waits_for_a_load_for_too_long_ends_with_the_error(play: Pla
 
 
 async def test_client_that_leaves_before_its_model_is_loaded_leaves_the_queue(auto: Server) -> None:
-    """Though its answer has begun."""
+    """A client that leaves during the load leaves the queue, although its answer has begun."""
     auto.host.hold("load", "mistral")
     stream = auto.stream("mistral")
     await stream.next_event()
@@ -332,7 +332,7 @@ async def test_client_that_leaves_before_its_model_is_loaded_leaves_the_queue(au
 def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
     play: Play, events: int
 ) -> None:
-    """From the beginning, or after a few comments."""
+    """A client that stops reading during a load is disconnected, at once or after some comments."""
 
     async def story(server: Server) -> None:
         watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
@@ -353,7 +353,7 @@ def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
 
 
 def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
-    """Where nobody can be parked: its deadline is over, and its engine was done long ago."""
+    """A slow reader is cut after the drain deadline where no request can be parked."""
 
     async def story(server: Server) -> None:
         watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
@@ -377,7 +377,7 @@ def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
 
 
 def test_reader_that_keeps_up_is_waited_for(play: Play) -> None:
-    """However long its answer is."""
+    """A client that keeps up is waited for, however long its answer is."""
 
     async def story(server: Server) -> None:
         server.coordinator.ladder.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
@@ -394,7 +394,7 @@ def test_reader_that_keeps_up_is_waited_for(play: Play) -> None:
 
 
 def test_comments_are_repeated(play: Play) -> None:
-    """As long as it waits."""
+    """Comments are sent as long as the request waits."""
 
     async def story(server: Server) -> None:
         server.host.hold("activate", "qwen")
@@ -406,11 +406,11 @@ def test_comments_are_repeated(play: Play) -> None:
     play(story, mode="auto")
 
 
-# --- who leaves, and who is refused -------------------------------------------------------------
+# --- requests that leave, and refused ones ------------------------------------------------------
 
 
 async def test_client_that_leaves_leaves_the_queue(auto: Server) -> None:
-    """Nothing is done for it any more."""
+    """A client that leaves is removed from the queue, and costs no more work."""
     first = await auto.start_stream("llama")
     second = auto.stream("qwen")
     await second.next_event()
@@ -422,7 +422,7 @@ async def test_client_that_leaves_leaves_the_queue(auto: Server) -> None:
 
 
 async def test_full_queue_refuses(make_server: MakeServer) -> None:
-    """429, with the time until it is worth to try again."""
+    """A request to a full queue gets 429 with a time to retry."""
     server = await make_server(mode="auto", max_waiting=1)
     first = await server.start_stream("llama")
     second = server.ask("qwen")
@@ -436,7 +436,7 @@ async def test_full_queue_refuses(make_server: MakeServer) -> None:
 
 
 def test_request_waits_no_longer_than_it_may(play: Play) -> None:
-    """504 after `wait_timeout`."""
+    """A request that has waited for `wait_timeout` gets 504."""
 
     async def story(server: Server) -> None:
         first = await server.start_stream("llama", words=2)
@@ -451,7 +451,7 @@ def test_request_waits_no_longer_than_it_may(play: Play) -> None:
 
 @pytest.mark.parametrize("place", ["load", "activate"])
 async def test_request_that_never_had_its_turn_is_not_counted(auto: Server, place: str) -> None:
-    """It was not admitted, whatever failed: the switch is counted, and nothing else."""
+    """A request without a turn was not admitted: only the failed switch is counted."""
     auto.host.fail_next(place, "mistral", HotswapError("no such file"))
     assert 503 == (await auto.ask("mistral")).status_code
     assert 200 == (await auto.ask("llama")).status_code
@@ -462,7 +462,7 @@ async def test_request_that_never_had_its_turn_is_not_counted(auto: Server, plac
 
 
 async def test_model_that_cannot_be_loaded_is_left_alone_for_a_while(auto: Server) -> None:
-    """Who waits is told why; nobody else makes the server try again at once."""
+    """After a failed load waiting requests get the cause, and no request tries again at once."""
     auto.host.fail_next("load", "mistral", HotswapError("no such file"))
     response = await auto.ask("mistral")
     assert (503, "switch_failed") == (response.status_code, response.json()["error"]["code"])
@@ -479,7 +479,7 @@ async def test_model_that_cannot_be_loaded_is_left_alone_for_a_while(auto: Serve
 
 
 def test_who_waits_too_long_is_next(play: Play) -> None:
-    """After `max_wait` the active model admits nothing more, however much there is to do."""
+    """After `max_wait` the active model admits nothing more, however many requests wait for it."""
 
     async def keep_busy(server: Server) -> None:
         while True:
@@ -504,7 +504,7 @@ def test_who_waits_too_long_is_next(play: Play) -> None:
 
 
 def test_long_request_is_parked_for_one_that_is_due(play: Play) -> None:
-    """After `drain_timeout` it is frozen, and goes on when its model is active again."""
+    """After `drain_timeout` it is frozen, and continues when its model is active again."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=400)
@@ -528,7 +528,7 @@ def test_long_request_is_parked_for_one_that_is_due(play: Play) -> None:
 
 
 def test_round_robin_parks_at_the_end_of_a_slice(play: Play) -> None:
-    """Two long requests of two models advance in turn."""
+    """Two long requests of two models take turns, slice by slice."""
 
     async def story(server: Server) -> None:
         both = [server.stream(alias, words=100) for alias in ("llama", "qwen")]
@@ -547,7 +547,7 @@ def test_round_robin_parks_at_the_end_of_a_slice(play: Play) -> None:
 
 
 def test_more_urgent_model_goes_first(play: Play) -> None:
-    """Of two that wait, the one with the higher priority."""
+    """Of two waiting requests, the one with the higher priority is served first."""
 
     async def story(server: Server) -> None:
         first = await server.start_stream("llama")
@@ -569,7 +569,7 @@ def test_more_urgent_model_goes_first(play: Play) -> None:
 
 
 async def test_explicit_switch_waits_for_one_that_nobody_ordered(auto: Server) -> None:
-    """It is not refused because the server happens to switch."""
+    """An explicit switch waits for an automatic one instead of being refused."""
     auto.host.hold("activate", "qwen")
     waiting = auto.ask("qwen")
     await auto.settled()
@@ -582,7 +582,7 @@ async def test_explicit_switch_waits_for_one_that_nobody_ordered(auto: Server) -
 
 
 async def test_death_of_the_host_keeps_who_waits(auto: Server) -> None:
-    """They are in no engine, and are served by the next host."""
+    """Requests that wait survive the host's death, and are served by the next host."""
     first = await auto.start_stream("llama")
     waiting = auto.ask("qwen")
     await auto.settled()
@@ -592,7 +592,7 @@ async def test_death_of_the_host_keeps_who_waits(auto: Server) -> None:
 
 
 async def test_stop_tells_who_waits(auto: Server) -> None:
-    """Nobody is left without an answer."""
+    """At the server's stop, every waiting request gets an answer."""
     auto.host.hold("activate", "qwen")
     waiting = auto.ask("qwen")
     await auto.settled()
@@ -601,7 +601,7 @@ async def test_stop_tells_who_waits(auto: Server) -> None:
 
 
 async def test_events_tell_of_waiting(auto: Server) -> None:
-    """For metrics and recordings."""
+    """Events report waits, for metrics and recordings."""
     await auto.ask("qwen", max_tokens=3)
     await auto.settled()
     [ended] = auto.events.of(RequestEnded)
@@ -618,7 +618,7 @@ async def test_events_tell_of_waiting(auto: Server) -> None:
 
 
 async def test_others_are_served_while_the_last_model_cannot_be_brought_back(auto: Server) -> None:
-    """Who waits for another model does not wait for the repair of the one that died."""
+    """A request for another model does not wait for the repair of the model that died."""
     auto.host.fail_next("load", "llama", HotswapError("its file is gone"))
     auto.host.kill_engine("llama")
     assert "qwen" == model_of(await auto.ask("qwen"))
@@ -629,7 +629,7 @@ async def test_others_are_served_while_the_last_model_cannot_be_brought_back(aut
 
 
 def test_parked_request_goes_on_after_a_switch_that_failed(play: Play) -> None:
-    """However often it is parked."""
+    """A parked request continues after failed switches, however often it is parked."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=60)
@@ -651,7 +651,7 @@ def test_parked_request_goes_on_after_a_switch_that_failed(play: Play) -> None:
 
 
 def test_model_that_hosts_die_of_does_not_end_the_server(play: Play) -> None:
-    """Whoever waits for it is told; it is left alone for a while."""
+    """A model that kills its host gets errors for its requests, and is not tried for a while."""
 
     async def story(server: Server) -> None:
         loop = asyncio.get_running_loop()
@@ -669,7 +669,7 @@ def test_model_that_hosts_die_of_does_not_end_the_server(play: Play) -> None:
 
 
 def test_who_is_due_is_served_however_tight_memory_is(play: Play) -> None:
-    """Requests are not parked in a circle while there is no room for a third model."""
+    """Even with tight memory due requests are served, instead of parking others in a circle."""
 
     async def keep_busy(server: Server, alias: str) -> None:
         while True:
@@ -698,7 +698,7 @@ def test_who_is_due_is_served_however_tight_memory_is(play: Play) -> None:
 def test_parked_request_of_a_model_that_fails_does_not_make_the_server_try_all_the_time(
     play: Play,
 ) -> None:
-    """It is tried again after a while that doubles."""
+    """The time between two attempts for a parked request of a failing model doubles."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=1000)
@@ -722,7 +722,7 @@ def test_parked_request_of_a_model_that_fails_does_not_make_the_server_try_all_t
 
 
 async def test_switch_that_is_given_up_leaves_the_queue_alone(auto: Server) -> None:
-    """A refusal to drain says nothing of the target."""
+    """A refused drain says nothing about the target."""
     first = await auto.start_stream("llama")
     auto.coordinator.dispatcher.scheduler.leased_until_s = float("inf")  # type: ignore[union-attr]
     waiting = auto.ask("qwen")
@@ -739,7 +739,7 @@ async def test_switch_that_is_given_up_leaves_the_queue_alone(auto: Server) -> N
 
 
 def test_idle_connection_holds_nobody_up(play: Play) -> None:
-    """A WebSocket that asks for nothing is not waited for; it has its turn when it does."""
+    """An idle WebSocket is not waited for; when it sends a request, that gets its turn."""
 
     async def story(server: Server) -> None:
         socket = server.websocket("/v1/realtime", "model=llama")
@@ -764,7 +764,7 @@ def test_idle_connection_holds_nobody_up(play: Play) -> None:
 
 
 def test_connection_that_becomes_idle_in_a_drain_is_not_waited_for(play: Play) -> None:
-    """Its request ends before the deadline; nobody waits for its client to hang up."""
+    """A drain does not wait for the client of a connection whose request ends to hang up."""
 
     async def story(server: Server) -> None:
         socket = server.websocket("/v1/realtime", "model=llama")
@@ -786,13 +786,13 @@ def test_connection_that_becomes_idle_in_a_drain_is_not_waited_for(play: Play) -
 
 
 def test_an_arrival_does_not_end_the_wait_for_requests_that_were_ended(play: Play) -> None:
-    """A switch by call goes on when they are over, whoever asks for another model meanwhile."""
+    """An explicit switch continues once they have ended, although another model was requested."""
 
     async def story(server: Server) -> None:
         async def answer_slowly() -> None:
             async with server.coordinator.lease("llama") as lease:
                 await dispatcher.ask(lease)
-                await asyncio.sleep(3)  # its client takes in the error, bit by bit
+                await asyncio.sleep(3)  # its client reads the error slowly
 
         dispatcher = server.coordinator.dispatcher
         assert dispatcher is not None

@@ -1,4 +1,4 @@
-"""What an engine host holds without a model: starts and checks plan with one figure."""
+"""Memory of an engine host without a model: starts and checks plan with the same figure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEASURED = DeviceMemory(total=8000 * MIB, free=6000 * MIB, held=430 * MIB)
 
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of its own, without importing vLLM to be told where it is."""
+    """A separate cache folder, known without an import of vLLM."""
     monkeypatch.setattr(base_memory, "cache_root", lambda: tmp_path / "cache")
     monkeypatch.setattr(base_memory, "cpu_capability", lambda: "AVX2")
     return tmp_path / "cache"
@@ -25,7 +25,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @dataclass
 class Measuring(CpuDevice):
-    """A CPU whose memory is as the test says, in a process that is no engine host."""
+    """A CPU whose memory the test chooses, in a process that is not an engine host."""
 
     found: DeviceMemory
 
@@ -44,12 +44,12 @@ def check(free: int = MEASURED.free) -> tuple[DeviceMemory, list[str]]:
 
 
 A_WHOLE_STEP = range(MEASURED.held, MEASURED.held + STEP_BYTES + 1, STEP_BYTES // 8)
-"""Wherever between two steps the first start measures, on either of them too."""
+"""What the first start measures: values between two steps, and on either of them."""
 
 
 @pytest.mark.parametrize("held", A_WHOLE_STEP)
 def test_a_start_counts_whole_steps_and_leaves_that_much_less_free(held: int) -> None:
-    """Nothing that was measured is lost by rounding, and there is room for a step more."""
+    """Rounding to whole steps loses nothing measured, and leaves room for one more step."""
     memory = start(held)
 
     assert STEP_BYTES <= memory.held - held < 2 * STEP_BYTES
@@ -60,7 +60,7 @@ def test_a_start_counts_whole_steps_and_leaves_that_much_less_free(held: int) ->
 @pytest.mark.parametrize("held", A_WHOLE_STEP)
 @pytest.mark.parametrize("more", [-20 * MIB, -4096, 0, 4096, STEP_BYTES])
 def test_two_starts_count_the_same(held: int, more: int) -> None:
-    """Some pages more or less in the second one change no plan, wherever the first one was."""
+    """A few pages more or less in the second one change no plan, wherever the first one was."""
     first = start(held)
 
     assert first.held == start(held + more).held
@@ -68,14 +68,14 @@ def test_two_starts_count_the_same(held: int, more: int) -> None:
 
 @pytest.mark.parametrize("held", A_WHOLE_STEP)
 def test_starts_that_take_turns_count_the_same(held: int) -> None:
-    """Several servers write the same file: none makes the others plan anew."""
+    """Starts of several servers, which write the same file, never change each other's plans."""
     counted = {start(held + more).held for more in (0, 4096, -4096, STEP_BYTES, 0, 4096)}
 
     assert 1 == len(counted)
 
 
 def test_a_host_that_holds_more_counts_more() -> None:
-    """And stays counted so."""
+    """A host that holds more is counted higher, and stays so."""
     start()
     grown = start(MEASURED.held + 100 * MIB).held
 
@@ -84,14 +84,14 @@ def test_a_host_that_holds_more_counts_more() -> None:
 
 
 def test_a_host_that_holds_much_less_counts_anew() -> None:
-    """What was once written down does not take memory for ever."""
+    """A host that holds much less is counted lower: an old count does not last for ever."""
     start()
 
     assert start(200 * MIB).held < 200 * MIB + 2 * STEP_BYTES
 
 
 def test_a_check_plans_as_the_last_start_did() -> None:
-    """Without a host: what that will take is not free, and what the check holds does not count."""
+    """A check excludes a future host's memory from what is free, and ignores its own."""
     counted = start().held
     memory, told = check()
 
@@ -100,7 +100,7 @@ def test_a_check_plans_as_the_last_start_did() -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(root: Path) -> None:
-    """Each start measures then."""
+    """If the cache cannot be written, each start measures."""
     root.write_text("no folder")
 
     assert start().held >= MEASURED.held
@@ -108,7 +108,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(root: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", '{"host_bytes": "430"}', '{"host_bytes": -1}'])
 def test_what_is_written_down_wrongly_is_written_anew(root: Path, text: str) -> None:
-    """The file is only a cache."""
+    """Wrong contents of the file are replaced: it is only a cache."""
     counted = start().held
     (file,) = (root / "vllm-hotswap").iterdir()
     file.write_text(text)
@@ -118,5 +118,5 @@ def test_what_is_written_down_wrongly_is_written_anew(root: Path, text: str) -> 
 
 
 def test_an_accelerators_memory_is_as_it_was_measured() -> None:
-    """What the host holds of it depends on no libraries."""
+    """An accelerator's figure stays as measured: the host's use does not depend on libraries."""
     assert MEASURED == with_known_base(MEASURED, OwnSleepDevice())

@@ -54,36 +54,36 @@ def some_part() -> report.Part:
 
 @pytest.mark.parametrize(("percent", "expected"), [(0, 1.0), (50, 2.5), (95, 3.85), (100, 4.0)])
 def test_percentiles_are_interpolated(percent: float, expected: float) -> None:
-    """Between the two nearest samples, whatever the samples' order."""
+    """Percentiles are interpolated between the nearest samples, whatever their order."""
     assert expected == pytest.approx(percentile([4.0, 1.0, 3.0, 2.0], percent))
 
 
 def test_one_sample_is_every_percentile() -> None:
-    """And has no spread."""
+    """One sample is every percentile, and has no spread."""
     summary = summarize([7.0])
 
     assert (7.0, 7.0, 7.0, 0.0) == (summary.p50, summary.p99, summary.minimum, summary.spread)
 
 
 def test_no_samples_have_no_percentile() -> None:
-    """Rather an error than a figure that nobody measured."""
+    """Without samples there is an error, instead of a figure that was not measured."""
     with pytest.raises(ValueError, match="no samples"):
         percentile([], 50)
 
 
 def test_spread_is_relative_to_the_median() -> None:
-    """The whole range, not a part of it."""
+    """The spread is the whole range relative to the median."""
     assert math.isclose(0.5, summarize([8.0, 10.0, 13.0]).spread)
 
 
 def test_ratios_are_of_medians_and_of_neighbours() -> None:
-    """One slow run moves neither the median's ratio nor the other pairs."""
+    """One slow run changes neither the ratio of medians nor the other pairs."""
     assert 2.0 == ratio([2.0, 4.0, 90.0], [1.0, 2.0, 3.0])
     assert [2.0, 0.5] == pair_ratios([2.0, 2.0], [1.0, 4.0])
 
 
 def test_sides_take_turns_and_none_is_always_first() -> None:
-    """A B, B A, A B: as many turns of each."""
+    """The order is A B, B A, A B: each side has as many turns."""
     turns = list(alternate(3))
 
     assert ["hotswap", "plain", "plain", "hotswap", "hotswap", "plain"] == turns
@@ -99,7 +99,7 @@ def test_sides_take_turns_and_none_is_always_first() -> None:
     ],
 )
 def test_a_bar_is_met_at_its_limit(bar: Bar, met: bool) -> None:
-    """In both directions."""
+    """A bar is met at exactly its limit, in both directions."""
     assert met is bar.met
 
 
@@ -107,7 +107,7 @@ def test_a_bar_is_met_at_its_limit(bar: Bar, met: bool) -> None:
 
 
 def test_a_part_is_shown_with_its_tables_and_bars() -> None:
-    """As Markdown whose columns line up."""
+    """A part is shown as Markdown with aligned columns."""
     assert (
         "### Times, ms\n"
         "\n"
@@ -126,7 +126,7 @@ def test_a_part_is_shown_with_its_tables_and_bars() -> None:
 
 
 def test_a_table_of_texts_is_aligned_to_the_left() -> None:
-    """Without spaces at the ends of its lines."""
+    """A table of texts is aligned to the left, without spaces at the ends of its lines."""
     table = report.Table("Environment", ("", "value"), (("cpu", "EPYC"),), is_text=True)
 
     assert (
@@ -135,7 +135,7 @@ def test_a_table_of_texts_is_aligned_to_the_left() -> None:
 
 
 def test_the_file_has_environment_options_and_every_sample(tmp_path: Path) -> None:
-    """In one JSON object, with what a bar was and whether it was met."""
+    """One JSON object has environment, options, every sample, and whether each bar was met."""
     path = tmp_path / "new" / "bench.json"
     report.write(path, report.document({"cpu": "EPYC"}, {"runs": 3}, [some_part()]))
     content = json.loads(path.read_text())
@@ -151,24 +151,24 @@ def test_the_file_has_environment_options_and_every_sample(tmp_path: Path) -> No
 
 
 def test_chunks_are_joined() -> None:
-    """Wherever the server cuts them."""
+    """Chunks are joined, wherever the server cuts them."""
     assert b"data: a\n\ndata: b\n\n" == dechunk(chunked(b"data: a\n", b"\ndata: b\n\n"))
 
 
 def test_the_usage_is_in_the_last_event() -> None:
-    """The one before the end of the stream."""
+    """The usage comes from the event before the end of the stream."""
     assert last_event(EVENTS)["usage"] == USAGE
 
 
 @pytest.mark.parametrize("events", [b"", EVENTS[:-15], b'data: {"error": {}}\n\ndata: [DONE]\n\n'])
 def test_a_stream_that_was_cut_is_no_sample(events: bytes) -> None:
-    """A benchmark that counts broken answers would make a broken server look fast."""
+    """A cut stream is not a sample: counting it would make a broken server look fast."""
     with pytest.raises(BadAnswer, match="ended early"):
         last_event(events)
 
 
 async def answer_with(answer: bytes) -> tuple[asyncio.Server, int]:
-    """A server that answers every request with the same bytes, then closes."""
+    """Run a server that answers every request with the same bytes, then closes."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -182,7 +182,7 @@ async def answer_with(answer: bytes) -> tuple[asyncio.Server, int]:
 
 
 async def test_a_streamed_answer_is_timed_and_counted() -> None:
-    """From the tokens that the server says it made."""
+    """A streamed answer is timed, and its tokens are those that the server reports."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     server, port = await answer_with(head + chunked(EVENTS[:60], EVENTS[60:]))
     async with server, Connection(port) as connection:
@@ -200,7 +200,7 @@ async def test_a_streamed_answer_is_timed_and_counted() -> None:
     ],
 )
 async def test_any_other_answer_is_an_error(answer: bytes, message: str) -> None:
-    """With what the server said."""
+    """Any other answer is an error that includes the answer."""
     server, port = await answer_with(answer)
     async with server, Connection(port) as connection:
         with pytest.raises(BadAnswer, match=message):
@@ -211,7 +211,7 @@ async def test_any_other_answer_is_an_error(answer: bytes, message: str) -> None
 
 
 def test_both_servers_get_the_same_settings(tmp_path: Path) -> None:
-    """As YAML keys on one side and as flags on the other."""
+    """Both servers get equal settings, as YAML keys on one side and as flags on the other."""
     settings = {"max_model_len": 512, "enforce_eager": True, "enable_x": False, "o": {"a": 1}}
     model = Model("qwen", tmp_path, settings)
 
@@ -223,14 +223,14 @@ def test_both_servers_get_the_same_settings(tmp_path: Path) -> None:
 
 
 def test_the_end_of_a_log_is_what_the_server_said() -> None:
-    """Not what a library prints while the process ends."""
+    """The end of a log leaves out what libraries print while the process exits."""
     noise = 'nanobind: leaked 2 functions!\n - leaked function "f"\n - ... skipped remainder\n\n'
 
     assert "    INFO: a\n    error: port taken" == log_tail(f"INFO: a\nerror: port taken\n{noise}")
 
 
 async def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> None:
-    """One line that says what happened, then the end of the log."""
+    """A server that exits at once is reported in one line, followed by the end of its log."""
     log = tmp_path / "plain-1.log"
     server = Server("plain", ["sh", "-c", "echo port taken; exit 3"], 1, log)
     with pytest.raises(ServerFailed) as caught:
@@ -245,7 +245,7 @@ async def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Pat
 
 @pytest.mark.parametrize("then", ["wait", "exit 3"])
 async def test_a_server_is_ended_with_all_that_it_started(tmp_path: Path, then: str) -> None:
-    """Also the processes that its own end leaves behind, and also when it is frozen."""
+    """A server is stopped with all its processes, even those that outlive it, even if frozen."""
     note = tmp_path / "child"
     command = ["sh", "-c", f"sleep 60 & echo $! > {note}; {then}"]
     server = Server("plain", command, 1, tmp_path / "log")
@@ -274,7 +274,7 @@ def runs(process: psutil.Process) -> bool:
 
 
 def test_prompts_share_no_beginning_and_are_repeatable() -> None:
-    """The same for both sides, and nothing for the prefix cache."""
+    """Prompts are the same for both sides, and give the prefix cache nothing."""
     first = list(islice(prompts("a", 4), 50))
 
     assert first == list(islice(prompts("a", 4), 50))
@@ -282,7 +282,7 @@ def test_prompts_share_no_beginning_and_are_repeatable() -> None:
 
 
 def test_the_demo_models_are_measured_by_default(tmp_path: Path) -> None:
-    """The first two, with equal memory for their caches."""
+    """The demo models measured by default are the first two, with equal cache memory."""
     models = choose(load_config(demo.write(tmp_path)), None)
 
     assert ["llama", "qwen"] == [model.alias for model in models]
@@ -290,13 +290,13 @@ def test_the_demo_models_are_measured_by_default(tmp_path: Path) -> None:
 
 
 def test_an_alias_that_is_not_configured_is_refused(tmp_path: Path) -> None:
-    """Before any server is started."""
+    """An unconfigured alias is refused before any server is started."""
     with pytest.raises(ConfigError, match="'gpt' is not configured"):
         choose(load_config(demo.write(tmp_path)), ("llama", "gpt"))
 
 
 def test_quick_means_one_run_of_small_loads() -> None:
-    """Unless it is told otherwise."""
+    """`--quick` means one run of small loads, unless an option says otherwise."""
     quick = parse(["--quick"])
 
     assert (1, ("tiny",), 40) == (quick.runs, quick.sizes, quick.switches)
@@ -305,7 +305,7 @@ def test_quick_means_one_run_of_small_loads() -> None:
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """With the parts that there are."""
+    """An unknown part is refused with a list of the parts that exist."""
     with pytest.raises(SystemExit):
         parse(["--only", "swich"])
 
@@ -313,14 +313,14 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_medium_model_can_be_made_from_the_embedded_qwen() -> None:
-    """And has the size that the pages tell."""
+    """The medium model's size is the one that the documentation gives."""
     assert medium.is_source(demo.MODELS / "qwen")
     assert not medium.is_source(demo.MODELS / "llama")
     assert 0.1e9 < medium.parameters() < 0.5e9
 
 
 def test_the_medium_model_is_a_complete_checkpoint(tmp_path: Path) -> None:
-    """Every tensor where the header says; unknown tokens score 0; made once."""
+    """Each tensor is where the header says; unknown tokens score 0; it is made only once."""
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "head_dim": 2}
     sizes = {**medium.SIZES, **small}
     folder = medium.make(demo.MODELS / "qwen", tmp_path / "medium", sizes)

@@ -1,4 +1,4 @@
-"""The benchmark of the mode `auto`: what is asked, how answers are judged, what is made of it."""
+"""The benchmark of the mode `auto`: its requests, the judgement of answers, and its report."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def asked(name: str, requests: int = 30) -> Trace:
     return workload(name, Amount(requests, rate=5.0), SWITCHING)
 
 
-# --- what is asked ------------------------------------------------------------------------------
+# --- the requests -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_every_trace_is_for_the_three_models(name: str) -> None:
-    """With answers that are long enough to say a name, and the same each time it is made."""
+    """Every trace uses the three models, with answers long enough for a name, and is repeatable."""
     trace = asked(name)
     assert list(GREETINGS) == list(trace.head.models)
     assert set(GREETINGS) == {request.model for request in trace.requests}
@@ -49,21 +49,21 @@ def test_every_trace_is_for_the_three_models(name: str) -> None:
 
 
 def test_burst_comes_at_once_and_alternates() -> None:
-    """The worst order that there is for a server that switches at every change of name."""
+    """A burst alternates: the worst order for a server that switches at every change of name."""
     trace = asked("burst")
     assert ["llama", "qwen", "pirate"] * 10 == [request.model for request in trace.requests]
     assert max(request.arrived_s or 0.0 for request in trace.requests) < 0.001
 
 
 def test_agents_go_on_with_another_model_when_they_are_answered() -> None:
-    """Each request but an agent's first one follows one for another model."""
+    """Each request of an agent, except its first, follows one for another model."""
     requests = {request.id: request for request in asked("agents").requests}
     followers = [request for request in requests.values() if request.after is not None]
     assert len(requests) - workloads.AGENTS == len(followers)
     assert all(requests[r.after].model != r.model for r in followers if r.after is not None)
 
 
-# --- how answers are judged ---------------------------------------------------------------------
+# --- the judgement of answers -------------------------------------------------------------------
 
 
 def reply(text: str = f" {GOLDEN[:20]}", **other: object) -> Reply:
@@ -79,7 +79,7 @@ def reply(text: str = f" {GOLDEN[:20]}", **other: object) -> Reply:
 
 
 def test_answer_of_the_named_model_counts() -> None:
-    """With the wait that the server tells."""
+    """An answer of the named model counts, with the wait that the server reports."""
     outcome = judge(REQUEST, reply(), GOLDENS)
     assert (None, 0.25, True) == (outcome.error, outcome.waited_s, outcome.is_golden)
 
@@ -96,12 +96,12 @@ def test_answer_of_the_named_model_counts() -> None:
     ],
 )
 def test_any_other_answer_is_an_error(wrong: Reply, error: str) -> None:
-    """Another model's, one that is cut, one that does not say how long it waited, or none."""
+    """An answer of another model, a cut one, one without its wait, and a lost one are errors."""
     assert error in str(judge(REQUEST, wrong, GOLDENS).error)
 
 
 def test_another_text_of_the_same_model_is_told() -> None:
-    """It is no error: numbers differ a little with what else is in a batch."""
+    """Another text is reported, but is not an error: numbers vary with the rest of a batch."""
     outcome = judge(REQUEST, reply(" I am qwen, who else?"), GOLDENS)
     assert (None, False) == (outcome.error, outcome.is_golden)
 
@@ -110,7 +110,7 @@ def test_another_text_of_the_same_model_is_told() -> None:
 
 
 def recorded(played: Trace, world: World) -> Trace:
-    """What a server would have recorded that behaves like the simulator."""
+    """The recording of a server that behaves like the simulator."""
     run = simulate(played, make_policy("fifo", PolicySettings()), world)
     requests = tuple(
         replace(
@@ -140,7 +140,7 @@ def recorded(played: Trace, world: World) -> Trace:
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_simulator_agrees_with_a_server_that_is_like_it(name: str) -> None:
-    """From a recording alone: neither costs nor service are told."""
+    """The simulator agrees from a recording alone, without knowing costs or service times."""
     asked_for = asked(name, 90)
     seen = recorded(asked_for, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
     outcomes = tuple(
@@ -156,7 +156,7 @@ def test_simulator_agrees_with_a_server_that_is_like_it(name: str) -> None:
 
 
 def test_simulations_of_agents_differ_in_who_is_looked_at_for_how_long() -> None:
-    """And are the same each time."""
+    """Simulations of agents differ in their preview times, and are the same each time."""
     asked_for = asked("agents", 40)
     seen = recorded(asked_for, World(Costs(0.05), service=Service(0.01, 0.0, 0.0)))
     requests = (replace(one, prepared_s=0.2 * (one.id % 4)) for one in seen.requests)
@@ -174,7 +174,7 @@ def test_simulations_of_agents_differ_in_who_is_looked_at_for_how_long() -> None
 
 
 def test_recording_is_split_into_what_was_played() -> None:
-    """Requests before, and those of the warm-ups, belong to none of the traces."""
+    """Requests before the traces, and those of the warm-ups, belong to none of them."""
     world = World(Costs(0.05))
     first, second = asked("burst", 9), asked("zipf", 12)
     sent = [TracedRequest(id=0, model="qwen", arrived_s=0.0, result="served")]
@@ -211,7 +211,7 @@ def test_recording_is_split_into_what_was_played() -> None:
 
 
 def test_recording_that_lacks_a_request_is_refused() -> None:
-    """All that comes after it would be taken for something else."""
+    """A recording with a gap is refused: everything after it would be misread."""
     trace = asked("burst", 9)
     warm_up = [TracedRequest(id=0, model=a, arrived_s=0.0, result="served") for a in WARM_UP]
     seen = recorded(trace, World(Costs(0.05))).requests
@@ -223,11 +223,11 @@ def test_recording_that_lacks_a_request_is_refused() -> None:
 
 
 def test_warm_up_leaves_the_first_model_active() -> None:
-    """As the simulator has it."""
+    """Warm-up leaves the first model active, as the simulator does."""
     assert WARM_UP[-1] == asked("burst").head.active
 
 
-# --- what is made of it -------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------
 
 
 def played(waits_s: list[float], switches: int) -> Played:
@@ -249,14 +249,14 @@ def bars(found_: Found) -> dict[str, bool]:
 
 
 def test_bars_are_met() -> None:
-    """A quarter of the switches, and no longer waits."""
+    """A quarter of the switches, and waits that are not longer, meet the bars."""
     part = results.part(found(played([1.0, 2.0], 40), played([1.0, 2.0], 10)))
     assert all(bar.met for bar in part.bars)
     assert "100% from parked" in part.tables[0].title
 
 
 def test_missed_bars_are_told() -> None:
-    """Each by itself."""
+    """Each bar can be missed alone, and is then reported."""
     assert not bars(found(played([1.0], 40), played([1.0], 11)))[
         "burst, cheap: switches, batch / fifo"
     ]
@@ -270,7 +270,7 @@ def test_missed_bars_are_told() -> None:
 
 
 def test_each_run_is_told_beside_the_medians() -> None:
-    """Two that miss in opposite directions are no agreement."""
+    """Two runs that miss in opposite directions do not count as agreement."""
     both = found(played([1.0], 40), played([1.0], 1), simulated_s=0.5)
     for runs in both.simulated.values():
         runs += [Simulated(1.0, 1.0, 7, 7, {}), Simulated(1.5, 1.0, 14, 7, {})]
@@ -280,7 +280,7 @@ def test_each_run_is_told_beside_the_medians() -> None:
 
 
 def test_options_are_checked() -> None:
-    """Nothing is measured without requests."""
+    """A run without requests is refused."""
     assert {"cheap": Amount(300, 10.0), "dear": Amount(60, 2.0)} == dict(parse([]).plan.amounts)
     assert ["dear"] == list(parse(["--only", "dear"]).plan.amounts)
     with pytest.raises(SystemExit):

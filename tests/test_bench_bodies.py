@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 @pytest.mark.parametrize("shape", bodies.SHAPES)
 def test_every_body_is_json_that_names_its_model(shape: str) -> None:
-    """Otherwise it would measure how a mistake is answered."""
+    """Bodies are valid: otherwise the benchmark would measure how a mistake is answered."""
     body = bodies.body_of(shape, 100_000, "nobody")
 
     assert "nobody" == json.loads(body)["model"] == from_json(body)
@@ -28,7 +28,7 @@ def test_every_body_is_json_that_names_its_model(shape: str) -> None:
 def test_a_quick_run_tells_of_every_shape(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused where nobody has the model, and read where one has."""
+    """Each shape has rows for an unknown model, which is refused, and for a known one."""
     assert 0 == bodies.main(["--quick", "--out", str(tmp_path)])
 
     rows = json.loads((tmp_path / "bodies.json").read_text())["rows"]
@@ -40,7 +40,7 @@ def test_a_quick_run_tells_of_every_shape(
 
 
 def test_a_server_that_ends_is_not_waited_for() -> None:
-    """Nor one that was never there: the benchmark says what became of it."""
+    """A server that exits is not waited for: the benchmark reports how it exited."""
     server = multiprocessing.get_context("spawn").Process(target=sys.exit, args=(3,))
     server.start()
 
@@ -49,7 +49,7 @@ def test_a_server_that_ends_is_not_waited_for() -> None:
 
 
 def test_a_body_that_cannot_be_sent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the error that sending it gave."""
+    """A body that cannot be sent is reported with the error that sending raised."""
 
     def fail(_port: int, body: bytes) -> tuple[int, float]:
         raise ConnectionResetError("reset")

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.wide]
 def test_two_equal_trees_are_compared_round_by_round(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A turn of each in every round, with all figures, and the revisions of both."""
+    """Each round has a turn of each tree, all figures, and the revisions of both."""
     given = ["--before", str(OURS), "--fake", "--quick", "--out", str(tmp_path)]
 
     assert 0 == compare.main(given)
@@ -39,7 +39,7 @@ def test_two_equal_trees_are_compared_round_by_round(
 def test_the_other_side_runs_from_the_other_tree(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One that cannot serve does not: the comparison ends, and shows what it said."""
+    """If the other tree cannot serve, the comparison ends and shows its output."""
     package = tmp_path / "src" / "vllm_hotswap"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -52,13 +52,13 @@ def test_the_other_side_runs_from_the_other_tree(
 
 
 def test_a_folder_without_the_package_is_refused(tmp_path: Path) -> None:
-    """Python would take the package from where it is installed, and compare it with itself."""
+    """A folder without the package is refused: Python would import the installed one."""
     with pytest.raises(ConfigError, match="has no package vllm_hotswap"):
         compare.checked(tmp_path)
 
 
 def test_a_ratio_above_one_is_better_now() -> None:
-    """More tokens, or less time."""
+    """A ratio above one is better, for more tokens as for less time."""
     now = Turn("now", 200, [10.0], [10.0], [10.0], 1.0, 1.0)
     before = Turn("before", 100, [20.0], [20.0], [20.0], 2.0, 2.0)
 
@@ -66,6 +66,6 @@ def test_a_ratio_above_one_is_better_now() -> None:
 
 
 def test_an_interval_of_few_values_is_their_range() -> None:
-    """And of many, what is around the median: 95 % of 100 throws of a coin give 40 to 60 heads."""
+    """An interval of many values lies around the median: 95 % of 100 coins, 40 to 60 heads."""
     assert (1.0, 4.0) == interval([4.0, 1.0, 3.0, 2.0])
     assert (40.0, 59.0) == interval([float(number) for number in range(100)])

@@ -30,10 +30,10 @@ RATED = Group(
 )
 ACCESS = Access(user_keys=["eve", "ann"], admin_keys=["root"], groups=[RATED])
 SMALL = LimitsConfig(held_bytes=512 << 20, connections=64)
-"""So that few connections meet the bounds."""
+"""Limits so low that few connections reach them."""
 
 VLLM_ALONE = {"items", "conversations"}
-"""The fake engine has no such routes."""
+"""Floods of routes that the fake engine lacks."""
 
 TOKEN = b'data: {"choices": [{"text": "I"}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -41,7 +41,7 @@ DONE = b"data: [DONE]\n\n"
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in VLLM_ALONE])
 async def test_every_flood_gets_to_what_it_is_meant_for(make_server: MakeServer, name: str) -> None:
-    """It would measure something else if it were refused before that."""
+    """Every flood reaches its target, or the benchmark would measure something else."""
     kind = KINDS[name]
     server = await make_server(access=ACCESS, limits=SMALL)
     async with listening(server, SMALL) as port:
@@ -59,7 +59,7 @@ async def test_every_flood_gets_to_what_it_is_meant_for(make_server: MakeServer,
 
 @pytest.mark.parametrize("name", sorted(VLLM_ALONE))
 async def test_routes_of_vllm_alone_are_asked(make_server: MakeServer, name: str) -> None:
-    """Where an engine has none of them, the answer says so, and the bounds let the call in."""
+    """Requests to routes that an engine lacks get 404, and the bounds admit them."""
     server = await make_server(access=ACCESS)
     async with listening(server) as port:
         attack = Attack(Target(port, "llama", "eve", "slow"))
@@ -69,7 +69,7 @@ async def test_routes_of_vllm_alone_are_asked(make_server: MakeServer, name: str
 
 
 def test_a_run_tells_of_each_flood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of everybody who was watched, before, during and after, of the memory, and of the flood."""
+    """A run reports watched clients before, during and after each flood, memory, and the flood."""
     names = ["busy process", "connects", "wrong keys"]
     times = [
         "--seconds",
@@ -104,7 +104,7 @@ def test_a_run_tells_of_each_flood(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_flood_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """With those that do."""
+    """An unknown flood is refused with a list of the existing ones."""
     with pytest.raises(SystemExit):
         floods.parse(["--only", "wrong keys,frogs"])
 
@@ -112,7 +112,7 @@ def test_a_flood_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[st
 
 
 async def test_an_attacker_that_ends_is_not_waited_for() -> None:
-    """It has attacked nobody, which must not look as if everybody had borne it."""
+    """An attacker that exits is reported: the flood must not look as if it was withstood."""
     with attacker(KINDS["busy process"], Target(1, "llama", "", ""), 0) as process:
         process.process.kill()
         process.process.join()
@@ -121,11 +121,11 @@ async def test_an_attacker_that_ends_is_not_waited_for() -> None:
             await process.sent(60)
 
 
-# --- who is watched ---------------------------------------------------------------------------
+# --- the watched clients ----------------------------------------------------------------------
 
 
 def reply(*pieces: bytes, status: int = 200, end: End = End.COMPLETE) -> Reply:
-    """One whose pieces came a second after each other, from second 1 on."""
+    """A reply whose pieces came a second after each other, from second 1 on."""
     found = Reply(end, status, is_stream=True, ended_s=10.0)
     for number, piece in enumerate(pieces, 1):
         found.body += piece
@@ -134,7 +134,7 @@ def reply(*pieces: bytes, status: int = 200, end: End = End.COMPLETE) -> Reply:
 
 
 def test_a_wait_counts_from_when_the_request_was_due() -> None:
-    """Not from when it could be sent, and to the first token."""
+    """A wait counts from when the request was due, not sent, and to the first token."""
     assert 1.5 == first_token(reply(TOKEN, TOKEN, DONE), -0.5).waited_s
     assert "" == first_token(reply(TOKEN, TOKEN, DONE), -0.5).error
 
@@ -150,11 +150,11 @@ def test_a_wait_counts_from_when_the_request_was_due() -> None:
     ],
 )
 def test_all_but_a_whole_stream_is_an_error(found: Reply, said: str) -> None:
-    """A fast refusal is no short wait."""
+    """Everything except a whole stream is an error: a fast refusal is not a short wait."""
     assert said in first_token(found, 0.0).error
 
 
 def test_an_answer_that_is_no_200_is_an_error() -> None:
-    """A health check that says 503 has failed, however fast it did."""
+    """A health check that gets 503 has failed, however fast it was."""
     assert "" == whole_answer(reply(b"{}"), 0.0).error
     assert "503: no" == whole_answer(reply(b"no", status=503), 0.0).error

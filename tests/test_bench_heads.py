@@ -1,4 +1,4 @@
-"""The benchmark of heads and connections."""
+"""The benchmark of request heads and connections."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.wide]
 
 
 def test_a_run_tells_of_both_servers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As many turns of one as of the other, in each case, and every turn with answers."""
+    """Both servers have as many turns in each case, and every turn has answers."""
     assert 0 == heads.main(["--rounds", "1", "--seconds", "0.2", "--out", str(tmp_path)])
 
     rows = json.loads((tmp_path / "heads.json").read_text())["rows"]
@@ -27,7 +27,7 @@ def test_a_run_tells_of_both_servers(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 async def test_an_answer_that_is_none_ends_it(make_server: MakeServer) -> None:
-    """It would measure how something is refused."""
+    """A wrong answer ends the run: it would measure how something is refused."""
     async with listening(await make_server()) as port:
         loop = asyncio.get_running_loop()
         request = heads.CLOSED.replace(b"/health", b"/nowhere")

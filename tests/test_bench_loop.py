@@ -1,4 +1,4 @@
-"""The benchmark of large calls."""
+"""The benchmark of large requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CASE = "/v1/completions, prompts"
 async def test_servers_take_turns_in_answering_large_calls(
     make_server: MakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every call is answered, and others are asked for meanwhile."""
+    """Every large request is answered while others are sent."""
     async with listening(await make_server()) as one, listening(await make_server()) as other:
         sides = [f"--side=before=http://127.0.0.1:{one}", f"--side=after=http://127.0.0.1:{other}"]
         asked = [*sides, "--rounds=2", "--things=20", f"--case={CASE}", f"--out={tmp_path}"]
@@ -31,7 +31,7 @@ async def test_servers_take_turns_in_answering_large_calls(
 
 
 async def test_a_call_that_is_refused_ends_it(make_server: MakeServer) -> None:
-    """It would measure how something is refused."""
+    """A refused request ends the run: it would measure how something is refused."""
     async with listening(await make_server()) as port:
         server = loop.Server(f"http://127.0.0.1:{port}")
         with pytest.raises(OSError, match="was answered with 404"):

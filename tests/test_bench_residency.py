@@ -68,7 +68,7 @@ def some_reading(state: str, used: int, server: int = 0) -> residue.Reading:
 
 
 def rows(part: report.Part, table: int = 0) -> dict[str, tuple[str, ...]]:
-    """The rows of one of a part's tables, by their first column."""
+    """Return the rows of one of a part's tables, by their first column."""
     return {row[0]: row[1:] for row in part.tables[table].rows}
 
 
@@ -76,7 +76,7 @@ def rows(part: report.Part, table: int = 0) -> dict[str, tuple[str, ...]]:
 
 
 def test_a_line_is_found_again() -> None:
-    """From points that lie on it: half a second, and 2 GB/s."""
+    """A line is recovered from points on it: half a second, and 2 GB/s."""
     line = least_squares([(0.0, 0.5), (1e9, 1.0), (4e9, 2.5)])
 
     assert (0.5, 2e9) == (pytest.approx(line.intercept), pytest.approx(line.bandwidth))
@@ -84,7 +84,7 @@ def test_a_line_is_found_again() -> None:
 
 
 def test_a_line_lies_between_points_that_are_not_on_one() -> None:
-    """And the largest miss is told."""
+    """A line lies between points that are not on one, and the largest miss is reported."""
     points = [(0.0, 0.0), (1.0, 3.0), (2.0, 0.0)]
     line = least_squares(points)
 
@@ -93,18 +93,18 @@ def test_a_line_lies_between_points_that_are_not_on_one() -> None:
 
 
 def test_a_line_that_falls_has_no_bandwidth() -> None:
-    """Nothing slows it down: infinite."""
+    """A falling line has infinite bandwidth: nothing slows it down."""
     assert float("inf") == Line(1.0, -0.1).bandwidth
 
 
 def test_one_place_makes_no_line() -> None:
-    """Rather an error than a line that nobody measured."""
+    """Without two places there is an error, instead of a line that was not measured."""
     with pytest.raises(ValueError, match="two places"):
         least_squares([(1.0, 2.0), (1.0, 3.0)])
 
 
 def test_the_limit_is_reading_and_copying() -> None:
-    """Medians, and bandwidths from them."""
+    """The limit is the sum of the medians of reading and copying, with their bandwidths."""
     limit = Limit(1000, [0.1, 0.2, 9.0], [0.1])
 
     assert (0.3, 5000.0, 10000.0) == (
@@ -115,7 +115,7 @@ def test_the_limit_is_reading_and_copying() -> None:
 
 
 def test_limits_are_measured_on_whole_files(tmp_path: Path) -> None:
-    """One sample of reading and one of copying each time, and files that end early are read on."""
+    """Each sample reads once and copies once; a read that returns less than asked is continued."""
     models = [some_checkpoint(tmp_path, "a", 10), some_checkpoint(tmp_path, "b", 100_000)]
     (models[1].folder / "second.safetensors").write_bytes(bytes(50_000))
     meter = LimitMeter(models)
@@ -127,7 +127,7 @@ def test_limits_are_measured_on_whole_files(tmp_path: Path) -> None:
 
 
 def test_growth_per_step_is_a_slope() -> None:
-    """Not last less first, which a single odd value would spoil."""
+    """Growth is a slope, not last less first, which a single outlier would spoil."""
     assert 2.0 == pytest.approx(drift.slope([1, 3, 5, 7]))
     assert 0.0 == drift.slope([5])
 
@@ -136,13 +136,13 @@ def test_growth_per_step_is_a_slope() -> None:
 
 
 def test_the_sizes_are_those_that_the_pages_tell() -> None:
-    """0.05, 0.44 and 0.89 GB of bfloat16; the largest has 0.45 billion weights."""
+    """Sizes are 0.05, 0.44 and 0.89 GB of bfloat16; the largest has 0.45 billion weights."""
     assert [0.05, 0.44, 0.89] == [round(2e-9 * medium.parameters(s), 2) for s in SIZES.values()]
     assert 0.445 == pytest.approx(medium.parameters(SIZES["large"]) / 1e9, abs=5e-4)
 
 
 def test_the_configuration_is_accepted(tmp_path: Path) -> None:
-    """The home model is there at the start, the others come by their first switch."""
+    """The configuration is valid: the home model loads at the start, others by a switch."""
     models = [home().model(on_demand=False), tiny().model(), tiny("m2").model(kv_bytes=1 << 20)]
     path = tmp_path / "models.yaml"
     path.write_text(json.dumps(hotswap_config(models)))
@@ -154,7 +154,7 @@ def test_the_configuration_is_accepted(tmp_path: Path) -> None:
 
 
 def test_plain_vllm_gets_the_same_settings() -> None:
-    """As flags, without ours; a compiled model is one that is not told to be eager."""
+    """Flags for plain vLLM leave out our settings; a compiled model is one without eager mode."""
     assert [
         "--max-model-len=1024",
         "--kv-cache-memory-bytes=268435456",
@@ -164,14 +164,14 @@ def test_plain_vllm_gets_the_same_settings() -> None:
 
 
 def test_every_residency_below_active_has_its_way_down() -> None:
-    """With the levels of vLLM's sleep mode."""
+    """Every residency below active is reached with the levels of vLLM's sleep mode."""
     assert ("parked", "asleep", "discarded", "cold") == STATES
     assert (None, ("sleep", {"level": 1})) == (DOWN["parked"], DOWN["asleep"])
     assert (("sleep", {"level": 2}), ("unload", {})) == (DOWN["discarded"], DOWN["cold"])
 
 
 def test_all_parts_are_measured_by_default() -> None:
-    """In their order, whatever the order in which some are named."""
+    """All parts run by default, in their own order, whatever the order of the names."""
     assert PARTS == parse([]).only
     assert ("switch", "drift") == parse(["--only", "drift,switch"]).only
     assert (Counts(), QUICK) == (parse([]).counts, parse(["--quick"]).counts)
@@ -179,7 +179,7 @@ def test_all_parts_are_measured_by_default() -> None:
 
 
 def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """With the parts that there are."""
+    """An unknown part is refused with a list of the parts that exist."""
     with pytest.raises(SystemExit):
         parse(["--only", "swich"])
 
@@ -190,12 +190,12 @@ def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fields_of_a_process_are_read() -> None:
-    """Name and value, blanks removed."""
+    """Fields of a process are read as names and values, without blanks."""
     assert {"Threads": "3", "RssAnon": "12 kB"} == fields("Threads:\t3\nRssAnon:\t   12 kB\n")
 
 
 def test_what_this_process_holds_is_counted() -> None:
-    """An open pipe is two descriptors more, and a child one process more."""
+    """Of what this process holds, an open pipe is two descriptors, and a child one process."""
     before = held(os.getpid())
     first, second = os.pipe()
     after = held(os.getpid())
@@ -208,7 +208,7 @@ def test_what_this_process_holds_is_counted() -> None:
 
 
 async def test_a_child_can_be_left_out() -> None:
-    """As the host is, when the API process is looked at."""
+    """A child can be left out, as the host is when the API process is measured."""
     child = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=-1)
     together, alone = held(os.getpid()), held(os.getpid(), without=child.pid)
     child.kill()
@@ -220,7 +220,7 @@ async def test_a_child_can_be_left_out() -> None:
 def test_progress_goes_to_the_log_where_there_is_no_terminal(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A few lines, the last one at the end, and every item once."""
+    """Without a terminal, the log has a few lines, the last one at the end, each item once."""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     with caplog.at_level("INFO", logger="benchmarks"):
         assert list(range(12)) == list(steps(range(12), "cycles"))
@@ -233,7 +233,7 @@ def test_progress_goes_to_the_log_where_there_is_no_terminal(
 
 
 def test_switches_are_told_by_model_and_residency(tmp_path: Path) -> None:
-    """Medians, the tail, the first token, both, the way down, and how many there were."""
+    """Switches have medians, the tail, the first token, both, the way down, and the number."""
     found = rows(switches.part(some_measured(tmp_path)), table=1)
 
     assert [f"{a}, {s}" for a in ("tiny", "large") for s in STATES] == list(found)
@@ -241,21 +241,21 @@ def test_switches_are_told_by_model_and_residency(tmp_path: Path) -> None:
 
 
 def test_phases_are_told_by_model_and_residency(tmp_path: Path) -> None:
-    """By the server's clock, with the worst bring-up."""
+    """Phases have times by the server's clock, and the worst bring-up."""
     found = rows(switches.part(some_measured(tmp_path)), table=2)
 
     assert ("1.00", "1.00", "1.00", "1100.00", "1.00", "1100.0") == found["large, cold"]
 
 
 def test_the_fit_is_compared_with_the_machine(tmp_path: Path) -> None:
-    """8000 bytes more take 0.8 s more; the machine reads 9000 in 0.2 s and copies them in 0.1."""
+    """The fit is 0.8 s for 8000 bytes; the machine reads 9000 in 0.2 s and copies them in 0.1."""
     found = rows(switches.part(some_measured(tmp_path)), table=3)
 
     assert ("200", "0.00", "0.22", "0.11", "0.33", "0") == found["cold"]
 
 
 def test_the_bar_of_a_cold_switch_is_set_by_the_machine(tmp_path: Path) -> None:
-    """2.5 times reading and copying, and a second; it can be missed."""
+    """The bar is 2.5 times reading and copying, plus a second; it can be missed."""
     measured = some_measured(tmp_path)
     bar = switches.part(measured).bars[0]
     slow = replace(measured.switches[-1], call_ms=1800.0)
@@ -266,7 +266,7 @@ def test_the_bar_of_a_cold_switch_is_set_by_the_machine(tmp_path: Path) -> None:
 
 
 def test_a_restart_is_compared_with_a_cold_switch() -> None:
-    """Ready, not the first token, over the switch; without one there is no bar."""
+    """A restart's time to ready is compared with the switch; without one there is no bar."""
     part = restart.part("large", [(30.0, 33.0), (40.0, 44.0)], 0.7)
 
     assert ("35.0", "30.0 40.0") == rows(part)["start to ready"]
@@ -275,7 +275,7 @@ def test_a_restart_is_compared_with_a_cold_switch() -> None:
 
 
 def test_ways_to_bring_a_model_up_stand_beside_each_other(tmp_path: Path) -> None:
-    """Ours from the cold switches; a way that could not run is left out and said to be."""
+    """Our times are cold switches; a way that could not run is left out and reported."""
     loads = [alternative.Load(alternative.STANDIN, "large", ms, 5.0, 1.0) for ms in (10, 30, 20)]
     part = alternative.part(["large"], loads, some_measured(tmp_path))
 
@@ -287,7 +287,7 @@ def test_ways_to_bring_a_model_up_stand_beside_each_other(tmp_path: Path) -> Non
 def test_transformers_serve_needs_accelerate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the environment or in a folder for it alone."""
+    """`transformers serve` needs accelerate, in the environment or in a separate folder."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     assert not alternative.can_serve(None)
@@ -297,7 +297,7 @@ def test_transformers_serve_needs_accelerate(
 
 
 def test_flat_is_told_by_a_ratio_and_a_slope() -> None:
-    """Here 0.1 ms for every further model."""
+    """Flatness is a ratio and a slope: here each additional model takes 0.1 ms."""
     part = number.part({n: [1.0 + n / 10] * 5 for n in range(2, 9)})
 
     assert ("1.20", "1.20", "1.20", "5") == rows(part)["2"]
@@ -306,7 +306,7 @@ def test_flat_is_told_by_a_ratio_and_a_slope() -> None:
 
 
 def test_residue_is_told_over_what_was_there_before() -> None:
-    """In millions of bytes, the host and the API process apart."""
+    """Residue is in millions of bytes, for the host and the API process separately."""
     held_in = {"parked": 9_000_000, "asleep": 5_000_000, "discarded": 3_000_000, "cold": 2_500_000}
     readings = [some_reading("without", 2_000_000, 100)]
     readings += [some_reading(state, used, 1_000_100) for state, used in held_in.items()]
@@ -317,7 +317,7 @@ def test_residue_is_told_over_what_was_there_before() -> None:
 
 
 def test_drift_is_told_per_cycle() -> None:
-    """By the slope over all cycles, and by what was held before and after."""
+    """Drift is a slope over all cycles; memory before and after is shown, too."""
     before = some_reading("parked", 1_000_000)
     after = replace(before, used_bytes=2_000_000, host=replace(before.host, threads=6))
     found = drift.Drift(before, after, [10**6 + n * 10**5 for n in range(10)], [], [5.0] * 10)
@@ -330,7 +330,7 @@ def test_drift_is_told_per_cycle() -> None:
 
 
 def test_all_parts_can_be_written(tmp_path: Path) -> None:
-    """As JSON and as Markdown."""
+    """All parts can be written as JSON and as Markdown."""
     part = switches.part(some_measured(tmp_path))
     report.write(tmp_path / "new" / "residency.json", report.document({}, {}, [part]))
     content = json.loads((tmp_path / "new" / "residency.json").read_text())
@@ -343,7 +343,7 @@ def test_all_parts_can_be_written(tmp_path: Path) -> None:
 
 
 def test_the_plot_is_drawn_from_the_samples(tmp_path: Path) -> None:
-    """Two panels in one PNG file."""
+    """The plot is one PNG file with two panels."""
     pytest.importorskip("matplotlib")
     part = switches.part(some_measured(tmp_path))
     plot.draw(json.loads(json.dumps(part.samples)), tmp_path / "plots" / "residency.png")
@@ -354,7 +354,7 @@ def test_the_plot_is_drawn_from_the_samples(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_told_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With what to do."""
+    """A missing matplotlib is reported before anything runs, with what to do."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
     with pytest.raises(ConfigError, match=r"requirements/dev.txt; or leave it out with --no-plot"):
@@ -365,11 +365,11 @@ def test_a_missing_matplotlib_is_told_before_anything_runs(
     ("size", "text"), [(1_397_512, "1.4 MB"), (52_000_000, "52 MB"), (889_365_480, "0.89 GB")]
 )
 def test_sizes_are_short(size: int, text: str) -> None:
-    """Two figures."""
+    """Sizes have two significant figures."""
     assert text == plot.size_text(size)
 
 
 def test_models_are_those_that_ship() -> None:
-    """So that nothing has to be there before."""
+    """The models are shipped ones, so that nothing has to be installed first."""
     assert demo.MODELS / "llama" == tiny().folder
     assert medium.is_source(home().folder)

@@ -1,4 +1,4 @@
-"""The benchmark of policies, and the page that tells of it."""
+"""The benchmark of policies, and the page about it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 def test_a_quick_run_tells_of_every_policy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Times of decisions, memory, and waits at both costs; a plot, too."""
+    """A quick run has times of decisions, memory, waits at both costs, and a plot."""
     assert 0 == scheduling.main(["--quick", "--out", str(tmp_path)])
 
     content = json.loads((tmp_path / "scheduling.json").read_text())
@@ -36,7 +36,7 @@ def test_a_quick_run_tells_of_every_policy(
 
 
 def test_the_policy_of_the_page_works() -> None:
-    """As it stands there, over a whole trace."""
+    """The policy of the page runs over a whole trace exactly as printed."""
     example = re.search(r"```python\n(.*?)```", (DOCS / "scheduling.md").read_text(), re.DOTALL)
     assert example is not None
     names: dict[str, object] = {}
@@ -53,7 +53,7 @@ def test_the_policy_of_the_page_works() -> None:
 
 
 def test_the_page_shows_what_was_measured() -> None:
-    """The figures of the bar are those of the kept results."""
+    """The page's figures of the bar are those of the stored results."""
     content = json.loads((DOCS / "benchmarks" / "scheduling.json").read_text())
     page = re.sub(r" +", " ", (DOCS / "scheduling.md").read_text())
 

@@ -1,4 +1,4 @@
-"""A frontend that takes in no more outputs is noticed, and gives up what it has registered."""
+"""A frontend that reads no more outputs is noticed, and loses what it has registered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_hotswap.metrics import (
 
 
 class Client:
-    """As vLLM's `AsyncLLM`: it starts what takes in outputs once, and never again."""
+    """Like vLLM's `AsyncLLM`, it starts its reader of outputs once, and never again."""
 
     def __init__(self, taking_in: Coroutine[Any, Any, None]) -> None:
         self.output_handler: asyncio.Task[None] | None = None
@@ -31,12 +31,12 @@ class Client:
 
 
 async def until_error(error: asyncio.Event) -> None:
-    """vLLM catches whatever is raised, and leaves."""
+    """vLLM catches whatever is raised, and leaves the loop."""
     await error.wait()
 
 
 async def test_the_end_of_a_client_by_an_error_is_told() -> None:
-    """Also where it has been started before."""
+    """The end of a client by an error is reported, even of one that was started before."""
     ended: list[str] = []
     error = asyncio.Event()
     client = Client(until_error(error))
@@ -54,7 +54,7 @@ async def test_the_end_of_a_client_by_an_error_is_told() -> None:
 
 
 async def test_a_client_that_is_shut_down_has_not_failed() -> None:
-    """It is cancelled then."""
+    """A client that is shut down, and whose reader is cancelled, has not failed."""
     ended: list[str] = []
     client = Client(until_error(asyncio.Event()))
     watch_outputs(client, lambda: ended.append("ended"))
@@ -70,7 +70,7 @@ async def test_a_client_that_is_shut_down_has_not_failed() -> None:
 
 
 def made_once(alias: str, requests: int) -> None:
-    """What an application registers when it is built."""
+    """Metrics that an application registers when it is built."""
     with adopting_frontend_metrics(alias):
         counter = Counter("http_broken_frontend", "Of a test.", registry=REGISTRY)
     counter.inc(requests)
@@ -92,7 +92,7 @@ def two_frontends() -> Any:
 
 @pytest.mark.usefixtures("two_frontends")
 def test_a_frontend_that_is_made_anew_counts_anew() -> None:
-    """Its metrics are there once; those of the others stay."""
+    """A rebuilt frontend registers its metrics once; those of other frontends stay."""
     forget_frontend_metrics("one")
     assert ['http_broken_frontend_total{model_name="two"} 7.0'] == shown()
 

@@ -1,4 +1,4 @@
-"""The memory budget: sizes as people write them, and KV memory shared within it."""
+"""The memory budget: sizes as users write them, and the shares of KV memory within it."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ models_strategy = st.lists(
     max_size=5,
 )
 spare = st.integers(0, 32 * GIB)
-"""What a budget has besides what is needed at least."""
+"""What a budget has beyond the necessary minimum."""
 
 
 def together(model: ModelNeeds, models: list[ModelNeeds]) -> list[ModelNeeds]:
-    """A model and the pinned ones: they are loaded at once, whatever else is."""
+    """Return a model and the pinned ones: whatever else is loaded, these are loaded together."""
     return [other for other in models if other.pinned or other is model]
 
 
 def taken(models: list[ModelNeeds], kv: dict[str, int]) -> int:
-    """What models take while the last of them is loaded."""
+    """Return what models take while the last of them is loaded."""
     reading = max(min(READING_BYTES, model.weights_bytes) for model in models)
     return reading + sum(m.weights_bytes + OVERHEAD_BYTES + kv[m.alias] for m in models)
 
@@ -79,17 +79,17 @@ def least(models: list[ModelNeeds]) -> dict[str, int]:
 
 
 def least_for_all(models: list[ModelNeeds]) -> int:
-    """The smallest budget with which all can be loaded together."""
+    """Return the smallest budget with which all can be loaded together."""
     return taken(models, least(models))
 
 
 def least_in_turn(models: list[ModelNeeds]) -> int:
-    """The smallest budget with which each can be loaded beside the pinned ones."""
+    """Return the smallest budget with which each can be loaded beside the pinned ones."""
     return max(least_for_all(together(model, models)) for model in models)
 
 
 def kept_asleep(model: ModelNeeds, models: list[ModelNeeds]) -> int:
-    """What weights asleep take beside a model that is loaded."""
+    """Return what sleeping weights take beside a loaded model."""
     others = [m for m in models if m.keeps_weights and m not in together(model, models)]
     return sum(m.weights_bytes + OVERHEAD_BYTES for m in others)
 
@@ -101,7 +101,7 @@ def kept_asleep(model: ModelNeeds, models: list[ModelNeeds]) -> int:
 def test_each_model_can_be_loaded_beside_the_pinned_ones(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """With its weights, its overhead, its share, and what reading it takes."""
+    """Weights, overhead, share and the reading of weights fit beside the pinned models."""
     budget = least_in_turn(models) + spare
 
     shares = dict(share_kv_memory(models, budget))
@@ -113,7 +113,7 @@ def test_each_model_can_be_loaded_beside_the_pinned_ones(
 def test_all_are_loaded_together_where_their_minima_allow_it(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """Then the sum of all shares is within the budget, too."""
+    """Where the minima of all fit together, the sum of all shares is within the budget, too."""
     budget = least_for_all(models) + spare
 
     assert taken(models, dict(share_kv_memory(models, budget))) <= budget
@@ -123,7 +123,7 @@ def test_all_are_loaded_together_where_their_minima_allow_it(
 def test_one_has_kv_memory_at_a_time_where_the_weights_of_all_allow_it(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """Weights that sleepers keep count; the others come and go with their models."""
+    """Weights that sleeping models keep count; other weights come and go with their models."""
     budget = spare + max(
         kept_asleep(model, models) + least_for_all(together(model, models)) for model in models
     )
@@ -140,7 +140,7 @@ def test_one_has_kv_memory_at_a_time_where_the_weights_of_all_allow_it(
 def test_nobody_gets_less_than_its_minimum_or_more_than_its_maximum(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """One sequence of its maximum length at least, all of its sequences at most."""
+    """A share lies between one sequence of maximum length and all sequences of the model."""
     shares = share_kv_memory(models, least_in_turn(models) + spare)
 
     automatic = [model for model in models if model.kv_bytes is None]
@@ -149,7 +149,7 @@ def test_nobody_gets_less_than_its_minimum_or_more_than_its_maximum(
 
 @given(models_strategy, spare)
 def test_explicit_sizes_are_kept(models: list[ModelNeeds], spare: int) -> None:
-    """A configured size is what the model gets."""
+    """A model with a configured size gets that size."""
     shares = share_kv_memory(models, least_in_turn(models) + spare)
 
     explicit = {model.alias: model.kv_bytes for model in models if model.kv_bytes is not None}
@@ -160,7 +160,7 @@ def test_explicit_sizes_are_kept(models: list[ModelNeeds], spare: int) -> None:
 def test_no_share_can_grow_unless_a_smaller_one_shrinks(
     models: list[ModelNeeds], spare: int
 ) -> None:
-    """Max-min fairness: whoever is short has as much as anybody who could do with less."""
+    """Max-min fairness: a short model has at least as much as any model above its minimum."""
     shares = share_kv_memory(models, least_for_all(models) + spare)
 
     automatic = [model for model in models if model.kv_bytes is None]
@@ -171,7 +171,7 @@ def test_no_share_can_grow_unless_a_smaller_one_shrinks(
 
 @given(models_strategy, spare)
 def test_nothing_is_left_over_while_somebody_is_short(models: list[ModelNeeds], spare: int) -> None:
-    """What one model cannot use goes to the others, but for less than a byte each."""
+    """What one model cannot use goes to the others, except less than a byte per model."""
     budget = least_for_all(models) + spare
     shares = dict(share_kv_memory(models, budget))
 
@@ -184,7 +184,7 @@ def test_nothing_is_left_over_while_somebody_is_short(models: list[ModelNeeds], 
 def test_order_of_models_changes_nothing(
     models: list[ModelNeeds], spare: int, chance: random.Random
 ) -> None:
-    """Whichever model is configured or loaded first, everyone gets the same."""
+    """Shares are the same, whatever the order of configuration or loading."""
     budget = least_in_turn(models) + spare
     shuffled = chance.sample(models, len(models))
 
@@ -193,7 +193,7 @@ def test_order_of_models_changes_nothing(
 
 @given(models_strategy)
 def test_refused_is_only_what_could_never_be_loaded(models: list[ModelNeeds]) -> None:
-    """A model that cannot have its minimum beside the pinned ones, each with its minimum."""
+    """Only a model whose minimum does not fit beside the minima of pinned ones is refused."""
     share_kv_memory(models, least_in_turn(models))
 
     with pytest.raises(ConfigError, match="can never be loaded"):
@@ -201,7 +201,7 @@ def test_refused_is_only_what_could_never_be_loaded(models: list[ModelNeeds]) ->
 
 
 def test_rest_is_shared_equally() -> None:
-    """Weights, overheads, reading and explicit sizes first; then everyone gets the same."""
+    """After weights, overheads, reading and explicit sizes, all models get the same."""
     models = [needs("a", 2 * GIB), needs("b", 1 * GIB), needs("c", 0, 3 * GIB)]
 
     shares = share_kv_memory(models, 10 * GIB + 3 * OVERHEAD_BYTES + READING_BYTES)
@@ -210,7 +210,7 @@ def test_rest_is_shared_equally() -> None:
 
 
 def test_small_model_leaves_the_rest_to_the_others() -> None:
-    """Nobody gets more than all its sequences can use."""
+    """No model gets more than all its sequences can use."""
     models = [needs("small", most=GIB), needs("a"), needs("b")]
 
     shares = share_kv_memory(models, 9 * GIB + 3 * OVERHEAD_BYTES)
@@ -219,7 +219,7 @@ def test_small_model_leaves_the_rest_to_the_others() -> None:
 
 
 def test_large_minimum_comes_before_equal_shares() -> None:
-    """A model whose one sequence takes more than an equal share has that much."""
+    """A model gets its minimum even if one sequence needs more than an equal share."""
     models = [needs("long", least=6 * GIB), needs("a"), needs("b")]
 
     shares = share_kv_memory(models, 10 * GIB + 3 * OVERHEAD_BYTES)
@@ -228,14 +228,14 @@ def test_large_minimum_comes_before_equal_shares() -> None:
 
 
 def test_model_of_unknown_appetite_takes_what_there_is() -> None:
-    """Where KV memory per token is not known, there is no maximum."""
+    """A model whose KV memory per token is unknown has no maximum."""
     shares = share_kv_memory([needs("hybrid", most=sys.maxsize)], 5 * GIB + OVERHEAD_BYTES)
 
     assert {"hybrid": 5 * GIB} == shares
 
 
 def test_models_that_do_not_fit_together_take_turns_with_their_weights_kept() -> None:
-    """All weights stay; each model in turn has all KV memory that they leave."""
+    """Where all weights fit, they stay, and each model in turn has all remaining KV memory."""
     models = [
         needs("a", 2 * GIB - OVERHEAD_BYTES, least=4 * GIB, keeps_weights=True),
         needs("b", 1 * GIB - OVERHEAD_BYTES, least=3 * GIB, keeps_weights=True),
@@ -247,7 +247,7 @@ def test_models_that_do_not_fit_together_take_turns_with_their_weights_kept() ->
 
 
 def test_models_whose_weights_do_not_fit_together_take_turns_alone() -> None:
-    """Each has all that its own weights leave; the others are unloaded then."""
+    """Otherwise each model in turn has all that its own weights leave; others are unloaded."""
     models = [
         needs("a", 6 * GIB - OVERHEAD_BYTES, keeps_weights=True),
         needs("b", 4 * GIB - OVERHEAD_BYTES, keeps_weights=True),
@@ -259,7 +259,7 @@ def test_models_whose_weights_do_not_fit_together_take_turns_alone() -> None:
 
 
 def test_pinned_model_shares_with_everyone_in_turn() -> None:
-    """It keeps the least of what any turn leaves it."""
+    """A pinned model keeps the smallest share that any of the turns gives it."""
     models = [
         needs("pinned", GIB - OVERHEAD_BYTES, pinned=True),
         needs("a", 6 * GIB - OVERHEAD_BYTES),
@@ -272,12 +272,12 @@ def test_pinned_model_shares_with_everyone_in_turn() -> None:
 
 
 def test_no_models_need_nothing() -> None:
-    """There is nothing to share among nobody."""
+    """Without models nothing is shared, and nothing is needed."""
     assert {} == share_kv_memory([], GIB)
 
 
 def test_too_little_is_refused_with_the_arithmetic() -> None:
-    """The message names the model, every number of the sum, and the ways out."""
+    """The message has the model, every number of the sum, and the possible remedies."""
     models = [
         needs("qwen", 2 * GIB - OVERHEAD_BYTES),
         needs("llama", 7 * GIB - OVERHEAD_BYTES - READING_BYTES, least=2 * GIB),
@@ -294,7 +294,7 @@ def test_too_little_is_refused_with_the_arithmetic() -> None:
 
 
 def test_too_little_beside_pinned_models_names_what_they_take() -> None:
-    """Their weights, overheads and KV memory; unpinning one is a way out."""
+    """The message has pinned models' weights, overheads and KV memory; unpinning is a remedy."""
     models = [
         needs("pinned", 2 * GIB - OVERHEAD_BYTES, 1 * GIB, pinned=True),
         needs("llama", 4 * GIB - OVERHEAD_BYTES - READING_BYTES, 3 * GIB),
@@ -312,7 +312,7 @@ def test_too_little_beside_pinned_models_names_what_they_take() -> None:
 
 
 def test_a_model_without_kv_memory_that_does_not_fit_is_told_so() -> None:
-    """An encoder: neither its length nor a size of KV memory would help."""
+    """The error for an encoder names neither length nor KV memory, which would not help."""
     model = needs("bert", 9 * GIB - OVERHEAD_BYTES - READING_BYTES, 0)
 
     with pytest.raises(ConfigError) as caught:
@@ -325,7 +325,7 @@ def test_a_model_without_kv_memory_that_does_not_fit_is_told_so() -> None:
 
 
 def test_pinned_models_that_do_not_fit_are_named_themselves() -> None:
-    """Not the first model that cannot be loaded beside them."""
+    """The error names the pinned models, not the first model that fails beside them."""
     models = [needs("llama"), needs("pinned", 9 * GIB, pinned=True)]
 
     with pytest.raises(ConfigError, match=r"'pinned' can never be loaded: .* leaves 0\.00 GiB;"):
@@ -355,7 +355,7 @@ def test_pinned_models_that_do_not_fit_are_named_themselves() -> None:
     ],
 )
 def test_size_may_be_written_as_people_do(text: object, size: float) -> None:
-    """Bytes are whole numbers, fractions are not."""
+    """Numbers of bytes are whole numbers; fractions are not."""
     parsed = parse_size(text)
 
     assert (type(size), size) == (type(parsed), parsed)
@@ -370,13 +370,13 @@ def test_size_may_be_written_as_people_do(text: object, size: float) -> None:
     ],
 )
 def test_anything_else_is_refused_with_what_is_wanted(value: object) -> None:
-    """Whatever it is."""
+    """Everything that is not a size is refused with a description of sizes."""
     with pytest.raises(ValueError, match="give bytes, a size such as 20GiB, or a fraction"):
         parse_size(value)
 
 
 def test_fraction_is_one_of_what_there_is() -> None:
-    """Bytes are bytes."""
+    """A fraction is a fraction of all memory, and a number of bytes stays as it is."""
     assert (25, 7) == (resolve_size(0.25, 100), resolve_size(7, 100))
 
 
@@ -386,19 +386,19 @@ MACHINE = DeviceMemory(total=100 * GIB, free=80 * GIB, held=2 * GIB)
 
 
 def test_default_budget_is_what_vllm_would_take() -> None:
-    """All that is free, but for what `gpu_memory_utilization` leaves to others; half of host."""
+    """All free memory except what `gpu_memory_utilization` leaves to others; half of the host's."""
     assert Usage(70 * GIB, 15 * GIB) == resolve_budget(MemoryBudget(), MACHINE, 30 * GIB, 0.9)
 
 
 def test_configured_budget_is_for_the_engine_host_as_a_whole() -> None:
-    """What the host holds itself is taken off; a fraction is one of what there is."""
+    """The host's own memory is subtracted; a fraction is a fraction of all memory."""
     memory = MemoryBudget(device=0.5, host=0.5)
 
     assert Usage(48 * GIB, 15 * GIB) == resolve_budget(memory, MACHINE, 30 * GIB, 0.9)
 
 
 def test_budget_beyond_what_is_free_is_refused() -> None:
-    """With what can be used; all that is free and held may be."""
+    """It is refused with what can be used: free memory, and what the host itself holds."""
     assert 80 * GIB == resolve_budget(MemoryBudget(82 * GIB), MACHINE, 0, 0.9).device
 
     with pytest.raises(
@@ -417,13 +417,13 @@ def test_budget_beyond_what_is_free_is_refused() -> None:
 def test_budget_that_leaves_nothing_for_models_is_refused(
     memory: MemoryBudget, device: DeviceMemory
 ) -> None:
-    """With what the host holds itself and what is free."""
+    """The error has what the host itself holds, and what is free."""
     with pytest.raises(ConfigError, match="no memory is left for models: the engine host itself"):
         resolve_budget(memory, device, 0, 0.9)
 
 
 def test_worker_processes_count_as_much_as_the_host_and_more() -> None:
-    """They import the same, whatever that takes on the machine, and run models besides."""
+    """Each worker process costs what the host's imports cost, and runs models besides."""
     alone = needs("a", GIB)
     wide = replace(alone, processes=2, host_bytes=300 * MIB)
 
@@ -432,7 +432,7 @@ def test_worker_processes_count_as_much_as_the_host_and_more() -> None:
 
 
 def test_a_full_device_says_who_holds_it() -> None:
-    """Other processes, the engine host itself, and what is kept free."""
+    """The message for a full device names other processes, the engine host and the reserve."""
     device = DeviceMemory(total=80 * GIB, free=0, held=GIB, reserve=2 * GIB)
 
     with pytest.raises(
@@ -444,7 +444,7 @@ def test_a_full_device_says_who_holds_it() -> None:
 
 
 def test_what_models_leave_on_the_device_asleep_is_no_ones_kv_memory() -> None:
-    """Two that do not fit together, each with what the other one keeps while it sleeps."""
+    """Each of two models that do not fit together loses what the other keeps while asleep."""
     one, two = (
         replace(needs(alias, weights=8 * GIB, least=GIB), residue_bytes=GIB // 2)
         for alias in ("one", "two")

@@ -1,4 +1,4 @@
-"""Compiled code is kept where no other user of the machine can put any."""
+"""Compiled code is cached where no other user of the machine can write."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mode(path: Path) -> int:
 
 
 def test_it_is_a_folder_of_the_user_alone(tmp_path: Path) -> None:
-    """Below vLLM's, which is made if need be; the second start finds it as it is."""
+    """The folder is below vLLM's, private, made if needed; the second start finds it unchanged."""
     root = tmp_path / "cache" / "vllm"
     found = code_caches({"VLLM_CACHE_ROOT": str(root)})
 
@@ -36,14 +36,14 @@ def test_it_is_a_folder_of_the_user_alone(tmp_path: Path) -> None:
 
 
 def test_it_lies_where_caches_of_the_user_lie(tmp_path: Path) -> None:
-    """As vLLM's own cache does."""
+    """The folder lies where vLLM's own cache of the user lies."""
     found = code_caches({"XDG_CACHE_HOME": str(tmp_path)})
 
     assert str(tmp_path / "vllm" / "vllm-hotswap" / "torchinductor") == found[INDUCTOR]
 
 
 def test_a_folder_that_others_may_read_is_closed(tmp_path: Path) -> None:
-    """What is in it is the user's own all the same."""
+    """A folder that others may read is closed: its contents belong to the user alone."""
     folder = tmp_path / "vllm-hotswap" / "torchinductor"
     folder.mkdir(parents=True, mode=0o755)
     code_caches({"VLLM_CACHE_ROOT": str(tmp_path)})
@@ -53,7 +53,7 @@ def test_a_folder_that_others_may_read_is_closed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [".", "vllm-hotswap", "vllm-hotswap/torchinductor"])
 def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path, part: str) -> None:
-    """In one line, with the folder and the next step."""
+    """A folder that all users may write to is refused in one line with the next step."""
     (tmp_path / "vllm-hotswap" / "torchinductor").mkdir(parents=True)
     (tmp_path / part).chmod(0o777)
 
@@ -65,7 +65,7 @@ def test_a_folder_that_everybody_may_write_is_refused(tmp_path: Path, part: str)
 @as_root
 @pytest.mark.parametrize("part", [".", "vllm-hotswap", "vllm-hotswap/torchinductor"])
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, part: str) -> None:
-    """Whoever makes it first has no say in what the server runs."""
+    """Another user's folder is refused: it could decide what the server runs."""
     (tmp_path / "vllm-hotswap" / "torchinductor").mkdir(parents=True)
     os.chown(tmp_path / part, 65_534, -1)
 
@@ -79,7 +79,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, part: str) -> None
 @as_root
 @pytest.mark.parametrize("name", ["VLLM_CACHE_ROOT", *GIVEN])
 def test_a_link_that_somebody_else_can_replace_is_refused(tmp_path: Path, name: str) -> None:
-    """In a folder with the sticky bit, where he alone can: it leads elsewhere tomorrow."""
+    """Such a link, in a folder with the sticky bit, could point elsewhere tomorrow."""
     shared, own = tmp_path / "shared", tmp_path / "own"
     shared.mkdir()
     own.mkdir(mode=0o755)
@@ -96,7 +96,7 @@ def test_a_link_that_somebody_else_can_replace_is_refused(tmp_path: Path, name: 
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_folder_that_somebody_has_named_is_looked_at(tmp_path: Path, name: str) -> None:
-    """It stays the one that is used, unless others may write to it."""
+    """A named folder is still used, unless other users may write to it."""
     root, given = tmp_path / "root", tmp_path / "given"
     given.mkdir(mode=0o755)
     environment = {"VLLM_CACHE_ROOT": str(root), name: str(given)}
@@ -108,7 +108,7 @@ def test_a_folder_that_somebody_has_named_is_looked_at(tmp_path: Path, name: str
 
 
 def test_a_group_may_share_a_cache(tmp_path: Path) -> None:
-    """A team's folder is one on purpose; what torch compiles is apart from it."""
+    """A team's shared folder is intended; torch's compiled code is kept separately."""
     tmp_path.chmod(0o775)
 
     assert 0o700 == mode(Path(code_caches({"VLLM_CACHE_ROOT": str(tmp_path)})[INDUCTOR]))
@@ -117,7 +117,7 @@ def test_a_group_may_share_a_cache(tmp_path: Path) -> None:
 def test_without_a_place_there_is_no_variable(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The start goes on; the host's temporary folder is private, too."""
+    """Without a place the start continues: the host's temporary folder is private, too."""
     (tmp_path / "file").touch()
     with caplog.at_level(logging.INFO):
         assert {} == code_caches({"VLLM_CACHE_ROOT": str(tmp_path / "file" / "cache")})
@@ -128,7 +128,7 @@ def test_without_a_place_there_is_no_variable(
 def test_a_parent_that_everybody_may_write_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Somebody else could put another folder there: a volume of a container is often so."""
+    """A parent that all may write to, as in container volumes, is logged: it allows replacing."""
     root = tmp_path / "volume" / "vllm"
     root.mkdir(parents=True)
     root.parent.chmod(0o777)
@@ -140,7 +140,7 @@ def test_a_parent_that_everybody_may_write_is_told(
 
 @pytest.fixture
 def mask() -> Iterator[None]:
-    """A umask that takes nothing away."""
+    """A umask that removes no permission."""
     before = os.umask(0)
     yield
     os.umask(before)
@@ -149,7 +149,7 @@ def mask() -> Iterator[None]:
 def test_nobody_else_may_write_to_what_is_made_whatever_the_umask_is(
     tmp_path: Path, mask: None
 ) -> None:
-    """A start would make folders that the next one refuses."""
+    """Folders are made without write permission for others, or the next start would refuse them."""
     root = tmp_path / "cache" / "vllm"
 
     found = code_caches({"VLLM_CACHE_ROOT": str(root)})
@@ -161,7 +161,7 @@ def test_nobody_else_may_write_to_what_is_made_whatever_the_umask_is(
 def test_without_a_home_there_is_no_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A user without an entry, without HOME: a container that was started with any number."""
+    """A container that runs with an arbitrary user id has no entry and no HOME."""
 
     def nobody(uid: int) -> None:
         raise KeyError(uid)
@@ -177,7 +177,7 @@ def test_without_a_home_there_is_no_variable(
 
 
 def test_a_look_makes_nothing(tmp_path: Path) -> None:
-    """Nor changes anything; it refuses the same."""
+    """A look at the caches makes and changes no folders, and refuses the same ones."""
     root = tmp_path / "vllm"
     look_at_caches({"VLLM_CACHE_ROOT": str(root)})
     assert [] == list(tmp_path.iterdir())
@@ -197,7 +197,7 @@ def test_a_look_makes_nothing(tmp_path: Path) -> None:
 def test_the_cache_of_whoever_called_sudo_is_his_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As his files are."""
+    """The cache of a command under sudo belongs to the user who called it."""
     for folder in (tmp_path, tmp_path / "vllm-hotswap", tmp_path / "vllm-hotswap/torchinductor"):
         folder.mkdir(exist_ok=True)
         os.chown(folder, 65_534, -1)
@@ -229,7 +229,7 @@ def as_somebody(folder: Path) -> str:
 
 @pytest.fixture
 def volume() -> Iterator[Path]:
-    """A folder of root's that everybody may write to: an `emptyDir` of Kubernetes."""
+    """A folder of root's that every user may write to: an `emptyDir` of Kubernetes."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         volume = Path(folder) / "volume"
@@ -240,7 +240,7 @@ def volume() -> Iterator[Path]:
 
 @as_root
 def test_a_volume_of_all_that_cannot_be_changed_gets_a_folder_for_this_user(volume: Path) -> None:
-    """Everything goes there, vLLM's own cache, too; who could rename it is told."""
+    """All caches go to a private folder there; the log says that all users could rename it."""
     for _ in range(2):
         told = as_somebody(volume)
         own = volume / "vllm-hotswap"
@@ -255,7 +255,7 @@ def test_a_volume_of_all_that_cannot_be_changed_gets_a_folder_for_this_user(volu
 @as_root
 @pytest.mark.parametrize("what", ["foreign", "link"])
 def test_what_somebody_else_has_put_there_is_not_used(volume: Path, what: str) -> None:
-    """A folder of his, or a link to one of ours that he may have lead elsewhere later."""
+    """Another user's folder there is not used, nor a link, which can be redirected later."""
     if what == "foreign":
         (volume / "vllm-hotswap").mkdir()
         os.chown(volume / "vllm-hotswap", 65_534, -1)
@@ -271,7 +271,7 @@ def test_what_somebody_else_has_put_there_is_not_used(volume: Path, what: str) -
 def test_what_is_mounted_read_only_is_written_by_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its mode says nothing there."""
+    """A folder that is mounted read-only is accepted, whatever its mode."""
     given = tmp_path / "given"
     given.mkdir()
     given.chmod(0o777)

@@ -1,4 +1,4 @@
-"""Inside an engine, a canary goes before whatever else waits there, and alone."""
+"""Inside an engine, a canary runs before all other waiting requests, and alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Request:
 
 
 class Queue(deque[Request]):
-    """As vLLM's queue of waiting requests."""
+    """A queue of waiting requests like vLLM's."""
 
     def remove_requests(self, requests: Iterable[Request]) -> None:
         for request in requests:
@@ -70,7 +70,7 @@ def step(canaries: Canaries, scheduler: Scheduler, ends: str = "") -> None:
 
 
 def test_others_wait_for_the_canary_and_keep_their_order(scheduler: Scheduler) -> None:
-    """Nothing is stepped before it has come; who came meanwhile is last."""
+    """No request is stepped before it; requests that arrive in the meantime come last."""
     canaries = Canaries()
     canaries.expect(scheduler, True)
     assert canaries.is_expected
@@ -88,7 +88,7 @@ def test_others_wait_for_the_canary_and_keep_their_order(scheduler: Scheduler) -
 
 
 def test_who_was_aborted_meanwhile_does_not_come_back(scheduler: Scheduler) -> None:
-    """Its request is over."""
+    """An aborted request has ended, and stays out of the queue."""
     canaries = Canaries()
     canaries.expect(scheduler, True)
     begin(canaries, scheduler)
@@ -100,7 +100,7 @@ def test_who_was_aborted_meanwhile_does_not_come_back(scheduler: Scheduler) -> N
 
 
 def test_a_canary_that_never_comes_can_be_given_up(scheduler: Scheduler) -> None:
-    """The others are stepped."""
+    """If a canary is given up, the other requests are stepped."""
     canaries = Canaries()
     canaries.expect(scheduler, True)
 
@@ -111,7 +111,7 @@ def test_a_canary_that_never_comes_can_be_given_up(scheduler: Scheduler) -> None
 
 
 def test_other_requests_are_no_canaries(scheduler: Scheduler) -> None:
-    """However they are called otherwise."""
+    """Other requests do not count as canaries, whatever their names are."""
     canaries = Canaries()
     canaries.look_at(Request("cmpl-hotswap-canary"))
 

@@ -1,4 +1,4 @@
-"""Secrets and folders are planted wherever the server can see them, and searched for outside of it.
+"""Secrets and folders are planted wherever the server sees them; they must not appear outside.
 
 The whole server runs on fake engines, behind the real HTTP server, whose access log is on.
 """
@@ -47,7 +47,7 @@ RuntimeError: out of luck"""
 
 @dataclass
 class Planted:
-    """A running server, and all that came out of it."""
+    """A running server, and all its output."""
 
     host: FakeHost
     app: HotswapApp
@@ -62,7 +62,7 @@ class Planted:
         return response.status_code
 
     async def events(self) -> None:
-        """Listen to what happens, in the background, until the server ends."""
+        """Record events in the background until the server ends."""
         headers = {"authorization": f"Bearer {KEYS['user']}"}
         async with self.client.stream("GET", "/admin/events", headers=headers) as stream:
             async for line in stream.aiter_lines():
@@ -70,7 +70,7 @@ class Planted:
 
 
 def is_reached(path: Path) -> bool:
-    """Whether somebody listens to the socket, which is there while models are loaded."""
+    """Whether a server listens on the socket, which exists while models are loaded."""
     with socket.socket(socket.AF_UNIX) as client:
         return client.connect_ex(str(path)) == 0
 
@@ -113,7 +113,7 @@ async def planted(
 
 
 async def ask_everything(planted: Planted) -> None:
-    """Every route and method, with every kind of key; then everything that can go wrong."""
+    """Use every route and method with every kind of key; then trigger everything that can fail."""
     host, folder = planted.host, planted.folder
     for route in planted.app.routes:
         path = route.path.replace("{alias:path}", "qwen").replace("{response_id}", "r")
@@ -142,9 +142,9 @@ async def ask_everything(planted: Planted) -> None:
 async def test_nothing_that_was_planted_is_told(
     planted: Planted, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither in an answer, its headers, a metric or an event, nor, of secrets, in the log.
+    """Nothing planted is in an answer, a header, a metric or an event, and no secret in the log.
 
-    The log has the folders: it is the operator's, and where the answers leave them out.
+    The log has the folders: it is for the operator, and answers leave them out.
     """
     await ask_everything(planted)
 

@@ -1,4 +1,4 @@
-"""What `check` prints, without looking at a model."""
+"""The output of `check`, without looking at a model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def look_at_two_models() -> None:
 
 
 def test_progress_is_a_line_for_each_model(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where there is no terminal; the first one comes before vLLM is imported."""
+    """Without a terminal, it prints lines; the first comes before vLLM is imported."""
     look_at_two_models()
 
     assert [
@@ -35,7 +35,7 @@ def test_progress_is_a_line_for_each_model(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which counts the models that were looked at, and is gone at the end."""
+    """In a terminal, a bar counts the checked models, and disappears at the end."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
 
@@ -49,7 +49,7 @@ def test_progress_is_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_errors_come_last_in_the_order_of_the_file() -> None:
-    """One line each; those of no line behind them."""
+    """Errors follow the file's order, one line each; errors without a line number come last."""
     report = Report(
         [ModelReport("a", problems={"weights": ["x"], "settings": ["y"]})],
         list(ConfigMistakes([Mistake(9, "m:9: y"), Mistake(3, "m:3: x")]).mistakes),
@@ -68,7 +68,7 @@ def test_errors_come_last_in_the_order_of_the_file() -> None:
 
 
 def test_several_mistakes_stay_on_a_line_each() -> None:
-    """Each on one line, whatever is in it; any other error is one line as a whole."""
+    """A mistake stays on one line, whatever it contains; another error is one line as a whole."""
     mistakes = ConfigMistakes([Mistake(2, "b\nc"), Mistake(1, "a"), Mistake(1, "a")])
 
     assert "a\nb c" == one_line(mistakes)

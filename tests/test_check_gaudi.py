@@ -1,4 +1,4 @@
-"""`python -m tools.gaudi.check`: what it judges, what it writes, and what it leaves out."""
+"""`python -m tools.gaudi.check`: what it judges, what it writes, and what it omits."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.ladder import Ladder
 from vllm_hotswap.states import Residency
 
-# --- what is left out of the file ----------------------------------------------------------------
+# --- what the file omits -------------------------------------------------------------------------
 
 HOST, USER, SECRET, PROXY = "gaudi-lab-17", "mmueller", "hf_AbCdEf123456", "10.11.12.13"
 
 
 @pytest.fixture
 def person(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
-    """Somebody on some machine; what they are known by, and what must not be in the file."""
+    """A user on a machine: everything that identifies them, and must not be in the file."""
     monkeypatch.setattr(socket, "gethostname", lambda: f"{HOST}.example.org")
     home = tmp_path / "homes" / "mm"
     monkeypatch.setenv("HOME", str(home))
@@ -114,7 +114,7 @@ sys.exit(3)
 def test_a_server_that_fails_tells_no_names_and_no_folders(
     person: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its last error is in the file, and nothing that tells who ran it, and where."""
+    """A failing server's last error is in the file, without names of users or folders."""
     folder = Path(person["temporary"])
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -142,7 +142,7 @@ def test_a_server_that_fails_tells_no_names_and_no_folders(
 def test_whatever_a_check_raises_or_returns_is_written_without_names(
     person: dict[str, str], tmp_path: Path
 ) -> None:
-    """In whatever depth; keys, too."""
+    """No name is written, whatever a check raises or returns, at any depth, keys included."""
     told = " ".join(person.values())
     file = tmp_path / "out.jsonl"
     results = Results(file)
@@ -160,7 +160,7 @@ def test_whatever_a_check_raises_or_returns_is_written_without_names(
 
 
 def test_addresses_of_this_machine_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not the one that every machine has; and a version is no address."""
+    """Addresses are left out, except loopback, which every machine has, and versions."""
     address = type("Address", (), {"address": PROXY})
     loopback = type("Address", (), {"address": "127.0.0.1"})
     monkeypatch.setattr("psutil.net_if_addrs", lambda: {"eth0": [address], "lo": [loopback]})
@@ -172,14 +172,14 @@ def test_addresses_of_this_machine_are_left_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_words_that_only_begin_like_a_name_stay() -> None:
-    """And names that everybody has."""
+    """Words that only begin like a name stay, and so do names that are common to many machines."""
     blank = Blank({"LOGNAME": "ann", "USER": "root"})
     assert "cannot <user> root's" == blank.text("cannot ann root's")
 
 
 @pytest.mark.parametrize("name", ["gaudi", "vllm", "habana", "Check"])
 def test_words_of_what_is_checked_stay(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is called so. The user's folder is left out all the same."""
+    """Words of the check stay even if they are a user's name; the user's folder is left out."""
     monkeypatch.setattr(socket, "gethostname", lambda: f"{name}.example.org")
     told = f"vllm_{name}.platform check-{name} {name}"
 
@@ -189,7 +189,7 @@ def test_words_of_what_is_checked_stay(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_package_that_is_told_of_is_made_a_name() -> None:
-    """Users and machines may be called by any word of it."""
+    """A user or machine may be named like any word of a package's name."""
     for package in facts.PACKAGES:
         for word in package.split("-"):
             assert package == Blank({"LOGNAME": word}).text(package)
@@ -212,13 +212,13 @@ ESCAPING = {
 def test_names_are_left_out_however_they_are_written(
     person: dict[str, str], way: str, name: str
 ) -> None:
-    """What is escaped has a letter before them, and a log may have colours."""
+    """Names are left out after escapes, which put a letter before them, and between colours."""
     assert name.lower() not in Blank().text(ESCAPING[way](name)).lower()
 
 
 @pytest.mark.parametrize("value", ["pä'ß\\word", "a\"b\\c'd", "tür mit schloß"])
 def test_letters_that_are_escaped_are_part_of_a_secret(value: str) -> None:
-    """And of a folder."""
+    """Escaped letters are part of a secret, and of a folder."""
     blank = Blank({"A_TOKEN": value, "HF_HOME": f"/data/{value}/hf"})
     for written in (
         value,
@@ -248,20 +248,20 @@ def test_letters_that_are_escaped_are_part_of_a_secret(value: str) -> None:
     ],
 )
 def test_a_secret_is_known_without_what_is_around_it(variable: str, value: str) -> None:
-    """Files and `docker --env-file` add line ends, headers have a word before it."""
+    """A secret is recognised without line ends from files, or the word before it in headers."""
     blank = Blank({variable: value})
     assert "token <secret> refused, x<secret>x" == blank.text(f"token {SECRET} refused, x{SECRET}x")
 
 
 def test_the_folder_that_one_is_in_is_no_secret() -> None:
-    """Though `PWD` is a word for a password elsewhere."""
+    """The current folder is not a secret, although `PWD` stands for a password elsewhere."""
     assert "/srv/work/x" == Blank({"PWD": "/srv/work"}).text("/srv/work/x")
 
 
 def test_a_long_answer_is_cut_when_names_have_been_taken_out_of_it(
     person: dict[str, str], tmp_path: Path
 ) -> None:
-    """Half of a token is not found any more. Wherever it is cut."""
+    """A long answer is cut after names are taken out: half of a token would not be recognised."""
 
     class Says(Server):
         def __init__(self, text: str) -> None:
@@ -291,7 +291,7 @@ def test_homes_of_others_are_left_out_whatever_their_name(home: str) -> None:
 
 
 def test_this_machines_domain_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the machine knows its first name only. What is only a file's ending stays."""
+    """A domain is omitted even if the machine knows only its first name. File suffixes stay."""
     monkeypatch.setattr(socket, "gethostname", lambda: "Gaudi-Lab")
     monkeypatch.setattr(socket, "getfqdn", lambda: "gaudi-lab.acme.example")
 
@@ -308,19 +308,19 @@ def test_this_machines_domain_is_left_out(monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_credentials_in_an_address_are_left_out(who: str) -> None:
-    """Of proxies and indexes, say, whatever variable has it."""
+    """Credentials in addresses, as of proxies and indexes, are left out, from any variable."""
     told = f"ProxyError('http://{who}@proxy.acme.example:3128', mail@acme.example)"
     assert Blank({}).text(told) == told.replace(who, "<secret>")
 
 
 def test_the_longest_name_is_taken_first() -> None:
-    """A folder of the clone is not told by what lies above the clone."""
+    """A folder of the clone is not identified by the folders above the clone."""
     blank = Blank({"HOME": str(ROOT.parent)})
     assert "<clone>/models <home>/others" == blank.text(f"{ROOT}/models {ROOT.parent}/others")
 
 
 def test_of_variables_only_numbers_and_switches_are_told() -> None:
-    """And never those of keys."""
+    """Only numbers and switches of variables are shown, and none of keys."""
     told = facts.variables(
         {
             "PT_HPU_LAZY_MODE": "0",
@@ -338,11 +338,11 @@ def test_of_variables_only_numbers_and_switches_are_told() -> None:
     }
 
 
-# --- what is told of the machine -----------------------------------------------------------------
+# --- facts about the machine ---------------------------------------------------------------------
 
 
 def test_the_facts_say_which_code_was_checked() -> None:
-    """The commit; and that Python finds the package of this clone, not another one."""
+    """The facts have the commit, and whether Python finds the package of this clone."""
     told = facts.facts()
 
     try:
@@ -356,7 +356,7 @@ def test_the_facts_say_which_code_was_checked() -> None:
 
 
 def made_clone(folder: Path) -> str:
-    """With one commit, whose name is returned."""
+    """Make a clone with one commit, and return the commit's name."""
     who = ["-c", "user.name=ann", "-c", "user.email=ann@example.org"]
     for words in (["init", "-q", "-b", "main"], [*who, "commit", "-q", "--allow-empty", "-m", "a"]):
         output_of(["git", *words], 60, folder)
@@ -370,7 +370,7 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no 
 def test_the_commit_of_a_clone_of_another_user_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a container whose user is root; git itself refuses to read it."""
+    """The commit of another user's clone is found, as in a container, although git refuses."""
     commit = made_clone(tmp_path)
     monkeypatch.setattr(
         facts, "GIT", [word.replace(str(ROOT), str(tmp_path)) for word in facts.GIT]
@@ -386,7 +386,7 @@ def test_the_commit_of_a_clone_of_another_user_is_told(
 def test_the_commit_is_told_where_there_is_no_git(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a branch, of one whose name git has packed, and of none; but not what has changed."""
+    """The commit is found on a branch, a packed one or none; changed files are unknown."""
     commit = made_clone(tmp_path)
     found = []
     for words in (["status", "-s"], ["pack-refs", "--all"], ["checkout", "-q", "--detach"]):
@@ -404,7 +404,7 @@ def test_the_commit_is_told_where_there_is_no_git(
 def test_a_package_that_is_not_the_clones_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after `pip install .` and a later `git pull`."""
+    """A package from elsewhere is wrong, as after `pip install .` and a later `git pull`."""
     monkeypatch.setattr(facts, "OWN", "another_hotswap")
     (tmp_path / facts.OWN).mkdir()
     (tmp_path / facts.OWN / "__init__.py").write_text("")
@@ -416,7 +416,7 @@ def test_a_package_that_is_not_the_clones_is_wrong(
 
 
 def test_another_package_is_told_from_the_clones(tmp_path: Path) -> None:
-    """By what is in its modules, and by their names."""
+    """Another package is recognised by its modules' contents and their names."""
     (tmp_path / "a.py").write_text("1")
     first = facts.digest(tmp_path)
     (tmp_path / "a.py").rename(tmp_path / "b.py")
@@ -441,7 +441,7 @@ def of_256_mib(used: tuple[int, int, int], reserved: tuple[int | None, ...]) -> 
 
 
 def test_which_number_follows_memory_that_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pool that keeps what is freed does not; nor does what is not there."""
+    """A pool that keeps freed memory does not follow it, nor does a missing figure."""
     monkeypatch.setattr(facts, "DEVICE", of_256_mib((1, 257, 1), (1, 257, 257)))
     kept = facts.device()
     monkeypatch.setattr(facts, "DEVICE", of_256_mib((1, 1, 1), (None, None, None)))
@@ -463,7 +463,7 @@ def test_which_number_follows_memory_that_comes_and_goes(monkeypatch: pytest.Mon
 
 
 def test_another_platform_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By a process of its own: the check must not hold the device."""
+    """A separate process finds it out: the check must not hold the device."""
     monkeypatch.setattr(facts, "PLATFORM", "print('noise'); print('cpu vllm.platforms.cpu.Cpu')")
     results = Results(tmp_path / "out.jsonl")
 
@@ -483,7 +483,7 @@ print({"torch", "vllm", "vllm_gaudi", "habana_frameworks"} & set(sys.modules))
 
 
 def test_the_check_itself_imports_nothing_that_may_take_the_device() -> None:
-    """A Gaudi belongs to one process: the server's, while it runs."""
+    """A Gaudi belongs to one process: to the server, while it runs."""
     ran = subprocess.run(
         [sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -496,7 +496,7 @@ def test_the_check_itself_imports_nothing_that_may_take_the_device() -> None:
 def test_a_python_without_the_plugin_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one line, with the next step; and no file is written."""
+    """A Python without the plugin gets one line with the next step, and writes no file."""
 
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
@@ -517,7 +517,7 @@ def test_a_file_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_results_of_an_earlier_run_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever forgets to give another name is told so before anything is checked."""
+    """A run that would overwrite them is refused before anything is checked."""
     path = tmp_path / "out.jsonl"
     path.write_text("an hour's results")
     monkeypatch.setattr(program, "check_packages", lambda: None)
@@ -533,7 +533,7 @@ def test_results_of_an_earlier_run_are_kept(
 def test_a_disk_that_is_full_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one line. Nothing more is checked: it could not be kept."""
+    """A full disk is reported in one line, and ends the check: no result could be stored."""
     monkeypatch.setattr(program, "check_packages", lambda: None)
     monkeypatch.setattr(program, "opened", lambda _: Results(Path("/dev/full")))
     monkeypatch.setattr(facts, "facts", dict)
@@ -551,7 +551,7 @@ def test_a_disk_that_is_full_is_told(
 def test_a_file_is_emptied_only_when_it_can_be_written_without_names(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It may have the results of an earlier run."""
+    """A file with earlier results is emptied only once names can be left out."""
 
     class Fails(Exception):
         pass
@@ -568,7 +568,7 @@ def test_a_file_is_emptied_only_when_it_can_be_written_without_names(
 
 
 def test_a_folder_that_is_a_loop_of_links_is_left_out(tmp_path: Path) -> None:
-    """Variables may name any."""
+    """A folder that is a loop of links, as variables may have, is left out."""
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     assert "no file <folder>/x" == Blank({"HF_HOME": str(loop)}).text(f"no file {loop}/x")
@@ -578,7 +578,7 @@ def test_a_folder_that_is_a_loop_of_links_is_left_out(tmp_path: Path) -> None:
 def test_a_terminal_that_does_not_have_a_letter_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    """Logs have bytes that are no text, and so have paths."""
+    """A letter that the terminal lacks, or a byte that is not text, does not end the check."""
     terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", terminal)
     results = Results(tmp_path / "out.jsonl")
@@ -592,7 +592,7 @@ def test_a_terminal_that_does_not_have_a_letter_ends_nothing(
 
 
 def test_a_terminal_that_has_gone_away_ends_nothing(tmp_path: Path) -> None:
-    """The check goes on, and its results are in the file."""
+    """If the terminal disappears, the check continues, and its results are in the file."""
     code = (
         "from pathlib import Path; from tools.gaudi.results import Results\n"
         f"results = Results(Path({str(tmp_path / 'out.jsonl')!r}))\n"
@@ -620,7 +620,7 @@ def test_a_driver_that_tells_no_text_costs_nothing_else(
 
 
 def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """Growth could not be told."""
+    """Too few cycles are refused, because they could not show growth."""
     with pytest.raises(SystemExit):
         program.main(["out.jsonl", "--cycles", "5"])
     assert "--cycles must be at least 6" in capsys.readouterr().err
@@ -629,7 +629,7 @@ def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_interrupted_check_says_what_there_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Results so far are in the file."""
+    """An interrupted check has the results so far in its file."""
 
     def interrupted(_: Results) -> None:
         raise KeyboardInterrupt
@@ -649,7 +649,7 @@ def test_an_interrupted_check_says_what_there_is(
 
 
 def test_the_servers_variables_let_it_be_asked_and_read(tmp_path: Path) -> None:
-    """Without its user's keys and quantisation; the check's plugin is found, and let in."""
+    """The server gets none of the user's keys or quantisation; the check's plugin is allowed."""
     told = surroundings(
         {
             "VLLM_API_KEY": "k",
@@ -692,7 +692,7 @@ sys.exit(3)
 def test_nothing_that_a_server_compiles_is_left_or_found_by_the_next_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It goes with the folder of the server, wherever the user has such files."""
+    """Compiled code is in the server's own folder, wherever the user keeps such files."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "own.py").touch()
@@ -743,7 +743,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever(
 def test_a_server_that_is_not_ready_is_asked_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not over and over, while it loads its models."""
+    """A server that loads its models is polled at intervals, not all the time."""
     asked = tmp_path / "asked"
     waits: list[float] = []
     monkeypatch.setattr("tools.gaudi.server.LOOK_S", 0.123)
@@ -770,7 +770,7 @@ def test_a_server_that_is_not_ready_is_asked_now_and_then(
 
 
 def test_ctrl_c_does_not_reach_the_server(tmp_path: Path) -> None:
-    """The check ends it then, and says how that went."""
+    """Ctrl-C does not reach the server: the check stops it, and reports how that went."""
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", HEALTH, "asked"))
     assert os.getpgid(server._process.pid) != os.getpgid(0)
     server.end()
@@ -808,7 +808,7 @@ while True:
 
 
 def left(folder: Path, signals: Sequence[int], code: str) -> list[str]:
-    """What a check of such a server leaves, which gets these signals, each once it has to wait."""
+    """Return what remains after a check that gets these signals, each once it has to wait."""
     check = psutil.Popen(
         [sys.executable, "-c", RUN, code],
         cwd=folder,
@@ -833,7 +833,7 @@ def left(folder: Path, signals: Sequence[int], code: str) -> list[str]:
 
 
 def is_there(pid: int) -> bool:
-    """And runs: what nobody has waited for yet has ended."""
+    """Whether it exists and runs: a process that was not waited for yet has ended."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -847,13 +847,13 @@ def kill(pid: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_check_that_is_ended_ends_its_server(tmp_path: Path, number: int) -> None:
-    """By Ctrl-C, by `kill`, and by a terminal that goes away. The server has a group of its own:
-    it would hold the device for ever."""
+    """Ctrl-C, `kill` and a closed terminal stop the server, too. It has its own process group, and
+    would otherwise hold the device for ever."""
     assert [] == left(tmp_path, [number], OBEYS)
 
 
 def test_a_second_signal_does_not_keep_the_check_from_ending_its_server(tmp_path: Path) -> None:
-    """Which does not end when it is asked to, and has to be killed."""
+    """A second signal does not hinder the check, although the server has to be killed."""
     assert [] == left(tmp_path, [signal.SIGINT, signal.SIGINT], DISOBEYS)
 
 
@@ -870,7 +870,7 @@ def test_a_terminal_that_goes_away_is_nothing_to_nohup() -> None:
 def test_a_check_that_is_interrupted_while_it_starts_a_server_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:
-    """The signal comes before the check has the server in its hands."""
+    """A signal before the check has a reference to the server stops the server, too."""
     started: list[psutil.Popen] = []
 
     class Slow(Server):
@@ -896,7 +896,7 @@ def test_a_check_that_is_interrupted_while_it_starts_a_server_ends_it(
 def test_nothing_is_started_that_cannot_be_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error, or Ctrl-C, while the client is made: certificates are read then."""
+    """If creating the client fails, or is interrupted, no server is started."""
     started: list[Any] = []
 
     def fails(**_: Any) -> None:
@@ -927,7 +927,7 @@ Path("child.new").rename("child")
 def test_what_a_server_leaves_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, then: str
 ) -> None:
-    """It has ended before it is asked to, and what it has started has the device."""
+    """A process that an exited server has started, and that holds the device, is killed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tools.gaudi.server.LAST_LIMIT_S", 0.1)
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", STARTS % (group, then)))
@@ -972,12 +972,12 @@ def with_log(log: Path, content: bytes) -> Server:
     ],
 )
 def test_of_a_long_log_the_end_is_read(tmp_path: Path, content: bytes, told: str) -> None:
-    """A line may have any length. One that is cut may begin with half of a name."""
+    """A line may have any length, and a cut line may begin with half of a name."""
     assert told == with_log(tmp_path / "server.log", content).last_error()
 
 
 def test_a_line_of_any_length_that_a_program_writes_is_left_out(tmp_path: Path) -> None:
-    """It would take long to find names in it."""
+    """A line of any length is left out: searching it for names would take long."""
     code = "raise SystemExit('x' * 1_000_000)"
     path = tmp_path / "out.jsonl"
     Results(path).check("x", lambda: {"out": output_of([sys.executable, "-c", code], 60)})
@@ -987,7 +987,7 @@ def test_a_line_of_any_length_that_a_program_writes_is_left_out(tmp_path: Path) 
 def test_a_long_line_of_a_log_is_cut_and_does_nothing_to_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After names are taken out of it. It could clear the terminal, or look like a line of ours."""
+    """Names are taken out before the cut; the rest can't clear the terminal or look like ours."""
     control = b"vllm-hotswap: error: \x1b]0;title\x07 \x1b[2J \x9b31m\x7f\x08 " + b"y" * 5000
     server = with_log(tmp_path / "server.log", control + b" " + SECRET.encode())
 
@@ -1028,7 +1028,7 @@ def refusal_of(code: str, folder: Path) -> dict[str, Any]:
 
 
 def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path) -> None:
-    """By our own error. The check's variable is passed on, not the user's."""
+    """A refusal must have our own error. The check's variable is passed on, not the user's."""
     refused = refusal_of(REFUSES, tmp_path)
 
     assert [] == refused["wrong"]
@@ -1041,7 +1041,7 @@ def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path
     ids=["a library's error", "a crash that names it", "another status", "another error of ours"],
 )
 def test_a_start_that_fails_otherwise_is_no_refusal(code: str, status: int, tmp_path: Path) -> None:
-    """Even if its log names the variable."""
+    """A start with another error is not a refusal, even if its log has the variable."""
     (fault,) = refusal_of(code, tmp_path)["wrong"]
     assert fault.startswith("it is not refused because of QUANT_CONFIG: the server does not ")
     assert f"ended with status {status}; " in fault
@@ -1050,7 +1050,7 @@ def test_a_start_that_fails_otherwise_is_no_refusal(code: str, status: int, tmp_
 def test_a_start_that_is_not_refused_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it serves, or hangs with the variable in its log."""
+    """A start that serves, or hangs with the variable in its log, is not taken for a refusal."""
     assert ["a server starts, although QUANT_CONFIG does not name a file"] == program.refusal(
         FakeServer()  # type: ignore[arg-type]  # has all that is asked
     )["wrong"]
@@ -1079,7 +1079,7 @@ class FakeHpu:
 def test_the_engine_host_tells_what_it_has_of_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each question; and what torch does not tell is null. Only there: not in our process."""
+    """The engine host answers each query, with null for missing figures; this process does not."""
     path = tmp_path / "socket"
     monkeypatch.setenv(check_gaudi_memory.VARIABLE, str(path))
     check_gaudi_memory.register()
@@ -1104,7 +1104,7 @@ def test_the_engine_host_tells_what_it_has_of_the_device(
 def test_a_socket_that_cannot_be_made_does_not_end_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its path may be too long. The host starts without the check, and the log says why."""
+    """If the socket's path is too long, the host starts without the check, and logs it."""
     main = type("Main", (), {"__spec__": type("Spec", (), {"name": check_gaudi_memory.HOST})})
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setattr(check_gaudi_memory, "_listening", [])
@@ -1119,7 +1119,7 @@ def test_a_socket_that_cannot_be_made_does_not_end_the_host(
 def test_a_long_temporary_folder_is_not_the_sockets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of either server: the check's, and the one that has to be refused."""
+    """Neither the check's server nor the refused one has its socket in a long folder."""
     long = tmp_path / ("a" * 108)
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
@@ -1169,7 +1169,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever(
 
 
 def test_without_what_the_host_tells_no_cycle_is_begun(tmp_path: Path) -> None:
-    """Nothing could be judged. The start is what is wrong."""
+    """Without the host's answers no cycle starts; the start is reported as wrong."""
     results = Results(tmp_path / "out.jsonl")
     server = Server(tmp_path, eager=True, command=(sys.executable, "-c", READY))
 
@@ -1185,7 +1185,7 @@ def test_without_what_the_host_tells_no_cycle_is_begun(tmp_path: Path) -> None:
 
 
 def test_the_expected_answers_are_those_of_the_models_that_are_here() -> None:
-    """`python -m tools.gaudi.expected` makes them anew."""
+    """The expected answers are up to date; `python -m tools.gaudi.expected` writes them."""
     told = json.loads(EXPECTED.read_text())["models"]
     assert {model: expected.digest(model) for model in PAIR} == {
         model: told[model]["weights_sha256"] for model in PAIR
@@ -1198,7 +1198,7 @@ def test_the_expected_answers_are_those_of_the_models_that_are_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", PAIR)
 def test_the_expected_answers_are_those_that_transformers_gives(model: str) -> None:
-    """Whatever the CPU."""
+    """The expected answers equal those of transformers, on every CPU."""
     torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     try:
@@ -1214,7 +1214,7 @@ BLOCK = 128
 
 
 def answer_without_first_block(model: str, prompt: str) -> Answer:
-    """By transformers: the first block's keys and values are not read for what is said."""
+    """Answer with transformers, without reading the keys and values of the first block."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -1242,7 +1242,7 @@ def answer_without_first_block(model: str, prompt: str) -> Answer:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", PAIR)
 def test_a_block_of_kv_memory_that_is_lost_would_be_seen(model: str) -> None:
-    """By the prompt that takes two blocks, and is asked after each cycle."""
+    """The prompt that takes two blocks, repeated after each cycle, shows a lost block."""
     prompt = 1
     assert PROMPTS[prompt] in PROMPTS[program.AGAIN]
     torch = pytest.importorskip("torch")
@@ -1256,7 +1256,7 @@ def test_a_block_of_kv_memory_that_is_lost_would_be_seen(model: str) -> None:
 
 
 def test_a_model_that_answers_as_another_one_is_seen() -> None:
-    """At the first token."""
+    """A model that answers as another one is recognised at the first token."""
     llama, qwen = load()["llama"][0], load()["qwen"][0]
     (fault,) = compare(llama, qwen, EXPECTED_TOLERANCE).wrong
     assert fault.startswith("step 0: token ")
@@ -1281,7 +1281,7 @@ def test_rounding_is_let_pass_and_nothing_more() -> None:
 
 
 def test_a_likely_token_that_is_missing_is_seen() -> None:
-    """It can't be likelier than those that are there; an unlikely one may have been passed."""
+    """A missing token cannot be likelier than those there; an unlikely one may be overtaken."""
     missing = answer(((1, -0.1), (3, -5.0), (4, -5.1)))
     passed = answer(((1, -0.1), (2, -4.0), (4, -4.9)))
 
@@ -1295,7 +1295,7 @@ def test_a_likely_token_that_is_missing_is_seen() -> None:
 @pytest.mark.parametrize("places", [slice(0, 5), slice(4, 5), slice(0, 1)])
 @pytest.mark.parametrize("step", [0, 11])
 def test_what_is_no_number_is_seen(value: float | None, places: slice, step: int) -> None:
-    """Of all tokens of a step, or of one, though the expected ones are said."""
+    """NaN is found in all tokens of a step, or in one, even with the expected tokens chosen."""
     right = load()["llama"][0]
     told = completion(right, right.tokens)
     ranks = told["logprobs"]["top_logprobs"][step]
@@ -1308,7 +1308,7 @@ def test_what_is_no_number_is_seen(value: float | None, places: slice, step: int
 
 
 def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
-    """Which has no word for what is no number."""
+    """The file is JSON, which has no NaN, whatever is measured."""
 
     def refused(word: str) -> None:
         raise AssertionError(word)
@@ -1320,7 +1320,7 @@ def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
 
 
 def test_of_tokens_that_are_tied_either_may_be_said() -> None:
-    """What follows is not compared then: it goes on from another token."""
+    """Either of two tied tokens may be chosen; what follows it is then not compared."""
     tied = answer(((1, -0.7), (2, -0.8), (3, -4.0)), SURE)
     other = answer(((2, -0.7), (1, -0.8), (3, -4.0)), ((9, 0.0), (8, -9.0), (7, -9.0)))
 
@@ -1342,7 +1342,7 @@ def test_an_answer_that_ends_early_is_seen() -> None:
 
 
 def test_an_answer_that_ends_early_after_a_tie_is_seen() -> None:
-    """Whatever is said, it is as long."""
+    """An answer after a tie must have the same length, whatever its tokens are."""
     tied = answer(((1, -0.7), (2, -0.8)), SURE, SURE)
     assert ["1 tokens were generated, not 3"] == compare(
         tied, answer(((2, -0.7), (1, -0.8))), 0.5
@@ -1350,7 +1350,7 @@ def test_an_answer_that_ends_early_after_a_tie_is_seen() -> None:
 
 
 def test_an_answer_is_read_from_a_completion() -> None:
-    """Of tokens that are equally likely, the one that was said comes first; five are kept."""
+    """Of equally likely tokens, the chosen one comes first; five are kept."""
     ranks = {f"token_id:{n}": value for n, value in enumerate((-9.0, -8.0, -1.0, -1.0, -7.0, -6.0))}
     choice = {"token_ids": [3], "logprobs": {"top_logprobs": [ranks]}}
 
@@ -1361,7 +1361,7 @@ def test_an_answer_is_read_from_a_completion() -> None:
 
 
 def completion(answer: Answer, said: Sequence[int]) -> dict[str, Any]:
-    """As vLLM tells an answer: the five likeliest, and the token that was said besides."""
+    """vLLM's form: the five likeliest tokens, and the chosen one besides."""
     ranks = [{f"token_id:{token}": value for token, value in step} for step in answer.steps]
     for token, each in zip(said, ranks, strict=True):
         each.setdefault(f"token_id:{token}", -25.0)
@@ -1374,7 +1374,7 @@ def completion(answer: Answer, said: Sequence[int]) -> dict[str, Any]:
 def test_a_token_that_is_said_and_is_not_among_the_likeliest_is_seen(
     model: str, prompt: int, wrong: int
 ) -> None:
-    """As of a sampler that takes the wrong one, though all probabilities are right."""
+    """A sampler may take the wrong token, although all probabilities are right."""
     right = load()[model][prompt]
     said = [*right.tokens[: TOKENS - wrong], *range(900, 900 + wrong)]
 
@@ -1387,14 +1387,14 @@ def test_a_token_that_is_said_and_is_not_among_the_likeliest_is_seen(
 
 
 def test_a_token_that_is_said_and_has_no_probability_is_seen() -> None:
-    """Another one must not be taken for it."""
+    """A chosen token without a probability is found, and not mistaken for another one."""
     choice = {"token_ids": [7], "logprobs": {"top_logprobs": [{"token_id:1": -0.1}]}}
     with pytest.raises(ValueError, match="token 7 was generated, but its probability is missing"):
         from_completion(choice)
 
 
 def test_a_token_that_the_device_itself_finds_unlikely_is_seen() -> None:
-    """Where the expected ones are too near to each other to tell by them."""
+    """The device's own probabilities decide where the expected tokens are too close."""
     tied = answer(((1, -0.7), (2, -0.8)))
     assert ["step 0: token 9 was chosen, which has -25.000, but token 1 has -0.700"] == compare(
         tied, answer(((9, -25.0), (1, -0.7), (2, -0.8))), 0.5
@@ -1430,7 +1430,7 @@ def test_a_cycle_that_is_well_is_called_so(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["asleep", "cold"])
 def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
-    """Whatever the server says."""
+    """A model that releases nothing is found, whatever the server reports."""
     faults = cycle_faults(replace(WELL[way], away=seen(2 * HELD, 0, 2 * MIB * (way == "asleep"))))
     assert [
         "0.0 MiB of the device were given back, but the model's KV memory alone is 64.0 MiB",
@@ -1444,7 +1444,7 @@ def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["asleep", "cold"])
 def test_a_model_that_keeps_its_weights_is_seen(way: str) -> None:
-    """Though all of its KV memory is given back, and the device's own figure is rounded."""
+    """Kept weights are found although KV memory is released, and the device's figure rounded."""
     away = seen(HELD + WEIGHTS, 0, WEIGHTS * (way == "asleep"))
     assert [
         (
@@ -1458,7 +1458,7 @@ def test_a_model_that_keeps_its_weights_is_seen(way: str) -> None:
 def test_weights_are_judged_where_torch_follows_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, follows: bool, judges: bool
 ) -> None:
-    """Elsewhere the device's own check says that they are not."""
+    """Weights are judged where torch follows them; elsewhere the check says that they are not."""
     said: list[bool] = []
     monkeypatch.setattr(program, "check_packages", lambda: None)
     during = 257 if follows else 1
@@ -1478,7 +1478,7 @@ def test_weights_are_judged_where_torch_follows_them(
 
 @pytest.mark.parametrize("way", ["asleep", "cold"])
 def test_what_is_rounded_besides_is_let_pass(way: str) -> None:
-    """Less than half of the weights; and where torch tells nothing, nothing is judged by it."""
+    """Less than half of the weights is tolerated; without torch's figure, nothing is judged."""
     cycle = WELL[way]
     some = replace(cycle.away.device, memory_allocated=HELD + WEIGHTS // 2)
     none = replace(cycle.away.device, memory_allocated=None)
@@ -1488,7 +1488,7 @@ def test_what_is_rounded_besides_is_let_pass(way: str) -> None:
 
 @pytest.mark.parametrize("model", PAIR)
 def test_a_models_weights_are_what_its_checkpoint_has(model: str) -> None:
-    """But for the file's head."""
+    """A model's weights are those in its checkpoint, without the file's header."""
     content = (expected.MODELS / model / "model.safetensors").read_bytes()
     head = 8 + int.from_bytes(content[:8], "little")
     assert 0 < weights_bytes(model) - (len(content) - head) < 0.02 * len(content)
@@ -1496,7 +1496,7 @@ def test_a_models_weights_are_what_its_checkpoint_has(model: str) -> None:
 
 @pytest.mark.parametrize("model", PAIR)
 def test_a_models_kv_memory_is_what_its_blocks_take(model: str) -> None:
-    """Keys and values of 128 tokens, in bfloat16, of each layer."""
+    """A block has keys and values of 128 tokens, in bfloat16, of each layer."""
     told = json.loads((expected.MODELS / model / "config.json").read_text())
     values = told["num_hidden_layers"] * told["num_key_value_heads"] * told["head_dim"]
     assert LEAST_KV_BYTES == BLOCKS * BLOCK * 2 * 2 * values
@@ -1504,7 +1504,7 @@ def test_a_models_kv_memory_is_what_its_blocks_take(model: str) -> None:
 
 @pytest.mark.parametrize("way", WELL)
 def test_the_servers_own_word_is_not_all_that_is_judged_by(way: Way) -> None:
-    """It may say that there is no KV memory to give back, and then nothing is."""
+    """A server that reports no KV memory, and then releases nothing, is found."""
     nothing = Cycle(way, "llama", 0, WEIGHTS, AWAKE, seen(2 * HELD, HELD, 1), AWAKE, 0.1)
     found = cycle_faults(nothing, judges_weights=False)
     assert "the server says that the model's KV memory is 0.0 MiB; its blocks are 64.0 MiB" in found
@@ -1513,7 +1513,7 @@ def test_the_servers_own_word_is_not_all_that_is_judged_by(way: Way) -> None:
 
 @pytest.mark.parametrize(("host", "is_seen"), [(1, True), (MIB, True), (WEIGHTS, False)])
 def test_a_sleeping_models_weights_are_in_host_memory(host: int, is_seen: bool) -> None:
-    """All of them."""
+    """All weights of a sleeping model are in host memory."""
     cycle = replace(WELL["asleep"], away=seen(HELD, 0, host))
     fault = (
         f"the server says that {host / MIB:.1f} MiB are in host memory, but the model's weights "
@@ -1523,7 +1523,7 @@ def test_a_sleeping_models_weights_are_in_host_memory(host: int, is_seen: bool) 
 
 
 def test_a_server_that_counts_wrongly_is_seen() -> None:
-    """It says that nothing was given back, or that there is something left."""
+    """A server that reports that nothing was released, or that something is left, is found."""
     asleep, cold = WELL["asleep"], WELL["cold"]
     assert [
         "the server says that 0.0 MiB were given back; it was 66.0 MiB",
@@ -1546,7 +1546,7 @@ def test_a_server_that_counts_wrongly_is_seen() -> None:
 def test_a_server_that_tells_too_much_or_too_little_is_seen(
     way: str, off: int, is_seen: bool
 ) -> None:
-    """By more than an allocator may round."""
+    """A report that is off by more than an allocator may round is found."""
     told = HELD + off * MIB
     cycle = WELL[way]
     awake = replace(AWAKE, told_device_bytes=told)
@@ -1558,7 +1558,7 @@ def test_a_server_that_tells_too_much_or_too_little_is_seen(
 
 
 def test_a_model_that_comes_back_larger_is_seen() -> None:
-    """One that comes back smaller is noted: nothing says that what was kept before was needed."""
+    """A model that comes back larger is wrong; one that comes back smaller gets a note."""
     more, less = seen(2 * HELD + SLACK_BYTES + MIB), seen(2 * HELD - SLACK_BYTES - MIB)
     larger, smaller = (replace(WELL["cold"], after=after) for after in (more, less))
 
@@ -1568,7 +1568,7 @@ def test_a_model_that_comes_back_larger_is_seen() -> None:
 
 
 class Recorded(Server):
-    """What a cycle does, in its order; nothing is run."""
+    """The steps of a cycle in their order, without running any."""
 
     def __init__(self) -> None:
         self.did: list[str] = []
@@ -1602,7 +1602,7 @@ class Recorded(Server):
     ],
 )
 def test_a_model_that_is_back_is_asked_before_it_is_looked_at(way: Way, goes: list[str]) -> None:
-    """As it was before it went: the first answers take memory, too."""
+    """A model that is back answers before it is measured: the first answers take memory, too."""
     server = Recorded()
 
     server.cycle("llama", way, PROMPTS)
@@ -1624,7 +1624,7 @@ def cycles(afters: list[Seen]) -> list[Cycle]:
 
 
 def test_growth_is_seen_once_the_first_cycles_are_over() -> None:
-    """Of the device, of the processes' memory, and of what processes hold; each for its model."""
+    """Growth of the device, of processes' memory and of their resources counts by model."""
     first = [seen(2 * HELD - 50 * MIB, memory_bytes=100 * MIB)] * 2
     steady = [*first, *([AWAKE] * 18)]
     leak = [seen(2 * HELD + n * MIB, descriptors=90 + n // 4) for n in range(20)]
@@ -1640,7 +1640,7 @@ def test_growth_is_seen_once_the_first_cycles_are_over() -> None:
 
 
 def test_what_grows_with_use_and_stops_is_no_growth() -> None:
-    """Pools of threads, and what they hold, after more than two cycles."""
+    """Pools of threads, and their resources, may grow for more than two cycles, then stop."""
     pool = [
         seen(2 * HELD, threads=20 + min(n, 8), descriptors=90 + min(n, 8), memory_bytes=size)
         for n in range(20)
@@ -1659,7 +1659,7 @@ def test_what_grows_with_use_and_stops_is_no_growth() -> None:
 
 @pytest.mark.parametrize("place", range(9))
 def test_a_peak_does_not_hide_a_leak(place: int) -> None:
-    """Nor is it one: a compiler has processes and files for a moment. In any cycle but the last."""
+    """A compiler's short peak, in any cycle but the last, is not a leak either."""
     peak = {"threads": 200, "descriptors": 400, "memory_bytes": 3000 * MIB}
     leaking = [
         {"threads": 20 + n, "descriptors": 90 + 10 * n, "memory_bytes": (500 + 40 * n) * MIB}
@@ -1691,7 +1691,7 @@ WAIT = "import time; time.sleep(600)"
 
 
 class Family:
-    """A process: what it holds, and its children."""
+    """A process with its resources and its children."""
 
     def __init__(self, threads: int, *children: Family, is_gone: bool = False) -> None:
         self._threads, self._children, self._is_gone = threads, children, is_gone
@@ -1712,7 +1712,7 @@ class Family:
 
 
 def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
-    """And memory that processes share is not counted for each."""
+    """A process that ends is skipped, and memory that processes share is counted once."""
     server = Server.__new__(Server)
     server._below = set()
     server._process = Family(3, Family(4), Family(5, is_gone=True))
@@ -1720,7 +1720,7 @@ def test_a_process_that_ends_while_it_is_looked_at_is_passed_over() -> None:
 
 
 def test_what_processes_hold_is_what_the_system_tells(tmp_path: Path) -> None:
-    """The server's own, here a Python that waits, and a child of it."""
+    """They are the resources of the server itself, here a waiting Python, and of its child."""
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', WAIT])".replace(
         "WAIT", repr(WAIT)
     )
@@ -1738,7 +1738,7 @@ def test_what_processes_hold_is_what_the_system_tells(tmp_path: Path) -> None:
 
 
 def test_cycles_that_failed_are_not_passed_over() -> None:
-    """Growth over fewer than were asked for is no result."""
+    """Failed cycles count: growth over fewer cycles than requested is not a result."""
     assert {"wrong": ["2 of 8 cycles failed"]} == grown(cycles([AWAKE] * 6), 8)
 
 
@@ -1746,7 +1746,7 @@ def test_cycles_that_failed_are_not_passed_over() -> None:
 
 
 class FakeServer:
-    """Answers as is expected. `leaks` bytes stay on the device at each load."""
+    """Gives the expected answers. `leaks` bytes stay on the device at each load."""
 
     def __init__(
         self, leaks: int = 0, gives: int = HELD, model_of: dict[str, str] | None = None
@@ -1808,7 +1808,7 @@ NO_LEVEL_2 = (
 def test_only_our_own_refusal_of_level_2_is_one(
     tmp_path: Path, status: int, body: str, after: str, fault: str
 ) -> None:
-    """Not another mistake, and not if the model sleeps all the same."""
+    """Only our refusal of level 2 counts, and only if the model does not sleep after it."""
 
     class Other(FakeServer):
         now = "parked"
@@ -1827,7 +1827,7 @@ def test_only_our_own_refusal_of_level_2_is_one(
 
 
 async def test_the_refusal_of_level_2_is_the_products() -> None:
-    """On a device that knows level 1 only."""
+    """The product refuses level 2, with the expected message, where only level 1 is known."""
     footprint = SimpleNamespace(usage={Residency.ASLEEP: None})
     qwen = SimpleNamespace(alias="qwen", engine=SimpleNamespace(footprint=footprint))
     with pytest.raises(InvalidRequest) as refused:
@@ -1837,7 +1837,7 @@ async def test_the_refusal_of_level_2_is_the_products() -> None:
 
 
 def ran(server: FakeServer, path: Path) -> list[str]:
-    """The names of the checks that were not well."""
+    """Return the names of the checks that failed."""
     results = Results(path)
     Kind(results, server, "eager").run()  # type: ignore[arg-type]  # has all that is asked
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -1846,7 +1846,7 @@ def ran(server: FakeServer, path: Path) -> list[str]:
 
 
 def test_twenty_cycles_of_each_kind_are_made(tmp_path: Path) -> None:
-    """The models in turns; and all is well where it is."""
+    """Twenty cycles are made, the models in turn, and a correct server passes every check."""
     server = FakeServer()
 
     assert [] == ran(server, tmp_path / "out.jsonl")
@@ -1856,7 +1856,7 @@ def test_twenty_cycles_of_each_kind_are_made(tmp_path: Path) -> None:
 def test_the_rehearsal_asks_for_all_that_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its name, in its order."""
+    """The rehearsal expects every check by its name, in its order."""
 
     class Whole(FakeServer):
         def stop(self) -> dict[str, Any]:
@@ -1879,7 +1879,7 @@ def test_the_rehearsal_asks_for_all_that_is_checked(
 
 
 def keys_of(value: Any) -> set[str]:
-    """Of all that is in it."""
+    """Return all keys in it, at every depth."""
     if isinstance(value, dict):
         return set(value).union(*map(keys_of, value.values()))
     return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
@@ -1894,11 +1894,11 @@ STATUS = {
         "host": {"budget": 1, "used": 1},
     },
 }
-"""As the server's start is told."""
+"""How the server's start is reported."""
 
 
 def checked_by(name: str, path: Path) -> list[dict[str, Any]]:
-    """A run by somebody of this name; each line of the file."""
+    """Return each line of the file of a run by a user with this name."""
 
     class Whole(FakeServer):
         def wait(self) -> dict[str, Any]:
@@ -1925,7 +1925,7 @@ def checked_by(name: str, path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """A run by somebody whose name is no word of the results."""
+    """Return a run by a user whose name is not a word of the results."""
     return checked_by("mmueller", tmp_path_factory.mktemp("usual") / "out.jsonl")
 
 
@@ -1933,14 +1933,14 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_names_that_are_words_of_the_results_change_nothing(
     usual: list[dict[str, Any]], tmp_path: Path, name: str
 ) -> None:
-    """Of a user, and of a secret: the same is decided, and who gets the file can read it."""
+    """A user or a secret may have such a name: verdicts stay the same, and the file readable."""
     shape = [(line["check"], line["ok"], keys_of(line)) for line in usual]
     lines = checked_by(name, tmp_path / "out.jsonl")
     assert shape == [(line["check"], line["ok"], keys_of(line)) for line in lines]
 
 
 def test_all_keys_of_the_results_are_kept_as_they_are(usual: list[dict[str, Any]]) -> None:
-    """Whoever is called so. Only names of variables may tell of somebody."""
+    """Keys stay even if a user has their name. Only names of variables may identify a user."""
     for line in usual:
         line.pop("variables", None)
     keys = keys_of(usual)
@@ -1953,7 +1953,7 @@ def test_all_keys_of_the_results_are_kept_as_they_are(usual: list[dict[str, Any]
 
 
 class Drifting(FakeServer):
-    """Its logarithmic probabilities are off by so much, at first and after the cycles."""
+    """Its logarithmic probabilities are off by these amounts, at first and after the cycles."""
 
     def __init__(self, first: float, later: float) -> None:
         super().__init__()
@@ -1969,7 +1969,7 @@ class Drifting(FakeServer):
 
 
 def test_answers_of_each_cycle_are_compared_with_the_expected_and_the_first(tmp_path: Path) -> None:
-    """Answers may drift off, and may become others though they are near enough to the expected."""
+    """Answers that drift, or change although they are close to the expected ones, are found."""
     path = tmp_path / "out.jsonl"
 
     assert [] == ran(Drifting(0.2, 0.4), path)
@@ -1980,7 +1980,7 @@ def test_answers_of_each_cycle_are_compared_with_the_expected_and_the_first(tmp_
 
 
 def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:
-    """The cycles that are missing are told."""
+    """A dead server gets no more requests; the missing cycles are reported."""
 
     class Dies(FakeServer):
         def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
@@ -1998,19 +1998,19 @@ def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:
 
 
 def test_a_small_leak_is_found_by_what_it_comes_to(tmp_path: Path) -> None:
-    """A MiB at each load."""
+    """A leak of a MiB at each load is found by its sum."""
     assert ["eager: cold: growth"] == ran(FakeServer(leaks=MIB), tmp_path / "out.jsonl")
 
 
 def test_a_device_that_computes_nonsense_is_not_well(tmp_path: Path) -> None:
-    """Though it is always the same nonsense; nothing more is tried then."""
+    """Nonsense is found even if it is always the same; nothing more is tried then."""
     server = FakeServer(model_of={"llama": "qwen"})
     assert ["eager: llama"] == ran(server, tmp_path / "out.jsonl")
     assert [] == server.cycles
 
 
 def test_a_sleep_that_gives_nothing_back_is_not_well(tmp_path: Path) -> None:
-    """Each of them; parked models are well."""
+    """Each sleep that releases nothing fails; parked models pass."""
     wrong = ran(FakeServer(gives=0), tmp_path / "out.jsonl")
     assert 40 == len(wrong)
     assert not [name for name in wrong if "parked" in name]

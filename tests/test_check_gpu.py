@@ -60,7 +60,7 @@ def refusal(environment: dict[str, str], cuda: FakeCuda | None = None) -> str:
 
 
 def test_a_device_that_cannot_be_used_is_told_of_in_one_line() -> None:
-    """With the next step."""
+    """A device that cannot be used is reported in one line with the next step."""
     assert "--gpus all" in refusal({}, FakeCuda(devices=0))
     assert "MIG is on without an instance" in refusal({}, FakeCuda(init_code=100))
     assert "cannot map memory" in refusal({}, FakeCuda(can_map=False))
@@ -72,7 +72,7 @@ def test_a_device_that_cannot_be_used_is_told_of_in_one_line() -> None:
 def test_the_command_ends_with_two_where_there_is_no_driver(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """And writes nothing."""
+    """Without a driver the command exits with 2, and writes nothing."""
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
 
     assert 2 == runner.main(["--out", str(tmp_path / "out")])
@@ -84,14 +84,14 @@ def test_the_command_ends_with_two_where_there_is_no_driver(
 
 
 def test_a_device_that_another_process_has_filled_is_refused() -> None:
-    """With what is free, and what is needed."""
+    """A device that another process has filled is refused with what is free and what is needed."""
     check_free(NEEDED_BYTES)
     with pytest.raises(Unusable, match=r"only 1\.5 GiB of the GPU's memory are free, but the tiny"):
         check_free(3 * GIB // 2)
 
 
 def test_a_divided_device_that_is_full_is_told_by_a_context(tmp_path: Path) -> None:
-    """NVML tells nothing about an instance of a divided GPU."""
+    """A full instance of a divided GPU, on which NVML is silent, is found by a context."""
     results = Results(tmp_path / "results")
     for others in (0, 2 * GIB):
         memory(Say("facts", results), Driver(0, FakeCuda(total=4 * GIB, others=others)), None)
@@ -103,7 +103,7 @@ def test_a_divided_device_that_is_full_is_told_by_a_context(tmp_path: Path) -> N
 
 
 def test_a_python_without_a_build_for_cuda_is_refused() -> None:
-    """As that of `make setup` is, which the message says how to avoid."""
+    """A Python without CUDA, as of `make setup`, is refused with the way to avoid it."""
 
     def version(package: str) -> str:
         if package not in installed:
@@ -124,7 +124,7 @@ def test_a_python_without_a_build_for_cuda_is_refused() -> None:
 
 
 def test_host_memory_that_cannot_be_pinned_is_wrong(tmp_path: Path) -> None:
-    """The remedy is told; nothing is left of the attempt."""
+    """Host memory that cannot be pinned is wrong; the remedy is given, and nothing is left."""
     cuda, results = FakeCuda(), Results(tmp_path / "results")
     driver = Driver(0, cuda)
     pinning(Say("facts", results), driver, 1 << 20)
@@ -140,7 +140,7 @@ def test_host_memory_that_cannot_be_pinned_is_wrong(tmp_path: Path) -> None:
 
 
 class Named(FakeCuda):
-    """It has a name and a place, too."""
+    """A device that has a name and a location, too."""
 
     def _cuDeviceGetName(self, name: Any, size: int, device: Any) -> None:
         name.value = b"GPU of a test"
@@ -156,7 +156,7 @@ class Telling(FakeNvml):
 
 
 def test_the_device_is_described_without_a_context() -> None:
-    """An instance of a divided GPU is told as such; its free memory is another matter."""
+    """An instance of a divided GPU is reported as such; its free memory is checked separately."""
     nvml = Telling(GIB, is_divided=True)
     nvml.processes = ((12, GIB),)
 
@@ -177,7 +177,7 @@ def test_the_device_is_described_without_a_context() -> None:
 def test_a_python_without_what_is_needed_is_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one line, too, and not as a traceback."""
+    """A Python without what is needed gets one line, not a traceback."""
     monkeypatch.delitem(sys.modules, "tools.gpu.runner")
     monkeypatch.delattr("tools.gpu.runner")
     monkeypatch.setitem(sys.modules, "psutil", None)
@@ -193,7 +193,7 @@ def test_a_python_without_what_is_needed_is_told(
 
 
 def test_phases_run_in_the_order_of_importance() -> None:
-    """However they are asked for."""
+    """Phases run in the order of importance, whatever order is requested."""
     assert ["facts", "tiny", "stock"] == [p.name for p in chosen(["stock", "facts", "tiny"])]
     with pytest.raises(ValueError, match="unknown phase: tony; known: facts, kernels,"):
         chosen(["tony"])
@@ -204,14 +204,14 @@ def test_phases_run_in_the_order_of_importance() -> None:
     [(None, 420.0), (10_000.0, 420.0), (100.0, 100.0 - END_S), (60.0, None), (-5.0, None)],
 )
 def test_a_phase_gets_the_time_that_is_left(left_s: float | None, limit: float | None) -> None:
-    """And is not begun where that is too little."""
+    """A phase with too little time left is not started."""
     (tiny,) = chosen(["tiny"])
 
     assert limit == limit_s(tiny, left_s)
 
 
 def test_all_phases_usually_fit_into_nine_minutes() -> None:
-    """That is the time that some machines are lent for."""
+    """All phases usually fit into nine minutes, for which some machines are lent."""
     assert sum(phase.usual_s for phase in PHASES) + END_S <= 540
 
 
@@ -225,7 +225,7 @@ def run(
     *options: str,
     limit_s: int = 60,
 ) -> int:
-    """Run the command with these phases instead of its own. Returns its exit status."""
+    """Run the command with these phases instead of its own, and return its exit status."""
     package = folder / "phases"
     package.mkdir()
     for name, text in programs.items():
@@ -255,7 +255,7 @@ sys.exit(phase.main(sys.argv[1:]))
 def test_a_phase_that_fails_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Nor one whose process dies; what they had found is kept, and the exit status tells."""
+    """A phase that fails or dies stops no other; its results stay, the exit status shows it."""
     programs = {
         "raises": "say.fact('a', 'before', 1); raise RuntimeError('of this test')",
         "dies": "say.fact('b', 'before', 2); os._exit(9)",
@@ -290,7 +290,7 @@ def test_a_phase_that_is_not_done_in_time_is_ended_and_its_programs_with_it(
     key: str,
     state: str,
 ) -> None:
-    """It is interrupted first, so that it can stop its servers. The end of a budget is no fault."""
+    """A late phase is interrupted, so that it can stop its servers. This is not a failure."""
     programs = {
         "hangs": "say.fact('a', 'before', os.getpid())\n"
         "    try:\n        time.sleep(600)\n"
@@ -316,7 +316,7 @@ def test_a_phase_that_is_not_done_in_time_is_ended_and_its_programs_with_it(
 def test_a_budget_that_is_too_short_for_anything_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Nothing that was checked is nothing that is right."""
+    """A run that checks nothing must not look like a success."""
     status = run(monkeypatch, tmp_path, {"works": "pass"}, "--budget-s", "20")
 
     assert check.UNUSABLE == status
@@ -327,7 +327,7 @@ def test_a_budget_that_is_too_short_for_anything_is_refused(
 def test_only_models_that_were_made_are_deleted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whatever else is in the folder that --models names."""
+    """Only models that were made are deleted from the folder of --models."""
     mine = tmp_path / "mine" / "big" / "config.json"
     mine.parent.mkdir(parents=True)
     mine.write_text("{}")
@@ -343,14 +343,14 @@ def test_only_models_that_were_made_are_deleted(
 def test_a_run_without_mistakes_ends_with_zero(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A goal that nobody has measured is no mistake."""
+    """A goal that was not measured is not a failure."""
     assert 0 == run(monkeypatch, tmp_path, {"works": "say.check('c', 'all well', True)"})
 
 
 def test_figures_of_a_rehearsal_do_not_get_into_the_docs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before anything is run."""
+    """Figures of a rehearsal for the docs are refused before anything is run."""
     with pytest.raises(SystemExit):
         runner.main(["--rehearsal", "--docs", "h200"])
 
@@ -358,7 +358,7 @@ def test_figures_of_a_rehearsal_do_not_get_into_the_docs(
 
 
 def test_a_task_is_handed_over_whole(tmp_path: Path) -> None:
-    """To the process of its phase."""
+    """The process of a phase gets its task with every field."""
     task = Task(tmp_path / "out", tmp_path / "models", True, 12.5)
 
     assert task == Task.read(task.write())
@@ -368,7 +368,7 @@ def test_a_task_is_handed_over_whole(tmp_path: Path) -> None:
 
 
 def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
-    """As by a machine that goes away."""
+    """A truncated line, as left by a machine that is taken away, costs no other."""
     results = Results(tmp_path / "results")
     assert [] == results.rows()
     Say("link", results).fact("to_device", "to device", [1.0, 3.0, 2.0], "GB/s")
@@ -382,7 +382,7 @@ def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_what_only_kernels_can_tell_is_not_checked_in_a_rehearsal(tmp_path: Path) -> None:
-    """Everything else is."""
+    """In a rehearsal everything is checked except what only kernels can show."""
     results = Results(tmp_path / "results")
     say = Say("kernels", results, is_rehearsal=True)
     say.check("a", "numbers", False, by_kernels=True)
@@ -397,7 +397,7 @@ def test_what_only_kernels_can_tell_is_not_checked_in_a_rehearsal(tmp_path: Path
 
 
 def rows(**values: Any) -> list[Row]:
-    """Rows by `phase__key`; two underscores more stand for a dot."""
+    """Return rows by `phase__key`; two underscores more stand for a dot."""
     found = []
     for name, value in values.items():
         phase, key = name.split("__", 1)
@@ -427,7 +427,7 @@ def state(name: str, **changes: Any) -> str:
 
 
 def test_a_wake_may_take_the_time_of_its_bytes_on_the_measured_link() -> None:
-    """1.15 of it, and 0.3 s."""
+    """A wake may take 1.15 times the time of its bytes on the measured link, plus 0.3 s."""
     assert wake_limit_s(55e9, 55.0) == pytest.approx(1.45)
     assert None is wake_limit_s(55e9, None) is wake_limit_s(None, 55.0)
     assert "met" == state("switch to a sleeping big")
@@ -449,14 +449,14 @@ def test_a_wake_may_take_the_time_of_its_bytes_on_the_measured_link() -> None:
     ],
 )
 def test_each_goal_can_be_missed(name: str, changes: dict[str, Any]) -> None:
-    """And is met by the figures above, and not measured without any."""
+    """Each goal is met by the figures above, can be missed, and needs figures to be measured."""
     assert "met" == state(name)
     assert "MISSED" == state(name, **changes)
     assert {"not measured"} == {goal.state for goal in goals([])}
 
 
 def test_drift_is_growth_after_the_beginning() -> None:
-    """What is made once is none; neither is a single figure that is larger."""
+    """Drift leaves out one-time growth at the start, and a single larger figure."""
     assert 0 == drift([100, 130, *[134] * 18])
     assert 0 == drift([134] * 10 + [140] + [134] * 9)
     assert 10 == drift(list(range(20)))
@@ -474,7 +474,7 @@ def a_report(*found: Row, is_rehearsal: bool = False) -> Report:
 
 
 def test_goals_are_shown_as_met_or_missed() -> None:
-    """On the terminal, in the page, and as values in the file."""
+    """Goals are on the terminal, in the page, and as values in the file."""
     found = a_report(*rows(**MEASURED | {"large__parked": [9.0]}))
 
     for text in (terminal(found), markdown(found, "Check of h200")):
@@ -488,7 +488,7 @@ def test_goals_are_shown_as_met_or_missed() -> None:
 
 
 def test_the_page_has_every_result_and_no_row_that_is_torn() -> None:
-    """A failure's text has lines and bars."""
+    """A failure's text may have line ends and bars."""
     bad = Row("link", "failed", "the phase failed", "one\ntwo | three", right=False)
     page = markdown(a_report(Row("facts", "name", "name", "H200"), bad), "Check of h200")
 
@@ -501,7 +501,7 @@ def test_the_page_has_every_result_and_no_row_that_is_torn() -> None:
 
 
 def test_a_rehearsal_judges_no_goal_and_says_so() -> None:
-    """In every form."""
+    """A rehearsal judges no goal, and every form of the report says so."""
     found = a_report(*rows(**MEASURED), is_rehearsal=True)
 
     assert [] == found.goals == document(found)["goals"]
@@ -515,7 +515,7 @@ def test_a_rehearsal_judges_no_goal_and_says_so() -> None:
 
 
 def test_a_goal_without_a_figure_is_not_measured() -> None:
-    """Neither met nor missed."""
+    """A goal without a figure is neither met nor missed."""
     assert None is Goal("x", None, 1.0, "s").is_met is Goal("x", 1.0, None, "s").is_met
 
 
@@ -527,7 +527,7 @@ def test_a_goal_without_a_figure_is_not_measured() -> None:
     [(140 * GIB, 120 * GIB, 4 * GIB), (8 * GIB, 120 * GIB, 2 * GIB), (GIB // 4, GIB, LEAST_BLOCK)],
 )
 def test_what_is_copied_fits_the_machine(device_free: int, host_free: int, nbytes: int) -> None:
-    """A quarter of what is free, 4 GiB at most."""
+    """A quarter of what is free is copied, 4 GiB at most."""
     assert nbytes == block(device_free, host_free)
 
 
@@ -538,7 +538,7 @@ def test_what_is_copied_fits_the_machine(device_free: int, host_free: int, nbyte
 def test_models_are_as_large_as_the_device_allows(
     device: int, big_layers: int, mid_layers: int
 ) -> None:
-    """The second one gets smaller first; an 8B model fits 24 GB."""
+    """The second model shrinks first on a small device; an 8B model fits on 24 GB."""
     room = Room((device - 1) * GIB + GIB // 2, device * GIB, 128 * GIB, 64 * GIB)
     found = choose(room)
 
@@ -552,7 +552,7 @@ def test_models_are_as_large_as_the_device_allows(
 
 @pytest.mark.parametrize(("what", "gib"), [("device", 18), ("host", 30), ("disk", 12)])
 def test_models_fit_what_there_is_least_of(what: str, gib: int) -> None:
-    """Device, host memory or disk; where nothing fits, there is no model."""
+    """Models fit the scarcest of device, host memory and disk; where none fits, there is none."""
     room = Room(139 * GIB, 140 * GIB, 128 * GIB, 64 * GIB)
     found = choose(replace(room, **{what: gib * GIB}))
 
@@ -562,7 +562,7 @@ def test_models_fit_what_there_is_least_of(what: str, gib: int) -> None:
 
 
 def test_a_model_of_vllms_is_asked_to_find_what_it_needs() -> None:
-    """And not most of the device, on which ours is, too."""
+    """A model of vLLM's takes no more than it needs: our own model is on the device, too."""
     sizes = Sizes(BIG, MID, 8 * GIB)
 
     assert 16.4e9 == pytest.approx(sizes.big_bytes, rel=0.01)
@@ -572,7 +572,7 @@ def test_a_model_of_vllms_is_asked_to_find_what_it_needs() -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
-    """Every tensor in its place, norms of one, no output for unknown tokens; made once."""
+    """Tensors have their places, norms are one, unknown tokens get no output; it is made once."""
     safe_open = pytest.importorskip("safetensors").safe_open
     folder = checkpoints.make(tmp_path / "small", SMALL, 5)
 
@@ -603,7 +603,7 @@ def test_a_checkpoint_has_the_shape_that_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_tokens_that_are_missing_are_different() -> None:
-    """And those that are too many."""
+    """Missing tokens count as different, and so do additional ones."""
     assert 0 == different([1, 2, 3], [1, 2, 3])
     assert 1 == different([1, 2, 4], [1, 2, 3])
     assert 2 == different([1], [1, 2, 3])
@@ -611,7 +611,7 @@ def test_tokens_that_are_missing_are_different() -> None:
 
 
 def test_another_process_takes_all_but_what_it_is_told_to_leave() -> None:
-    """Of what is free, and not of what there is."""
+    """The other process takes all free memory except the given amount."""
     cuda = FakeCuda(total=64 << 20, others=16 << 20)
 
     assert 32 << 20 == take(Driver(0, cuda), 16 << 20)
@@ -619,7 +619,7 @@ def test_another_process_takes_all_but_what_it_is_told_to_leave() -> None:
 
 
 def test_what_a_log_must_not_say_is_wrong(tmp_path: Path) -> None:
-    """And graphs have to be captured, by each model."""
+    """Forbidden words in a log are wrong, and so is a model without captured graphs."""
     log, results = tmp_path / "server.log", Results(tmp_path / "results")
     log.write_text("Graph capturing finished in 1 secs\n" * 2)
     log_checks(Say("tiny", results), log, 2)
@@ -636,7 +636,7 @@ def test_what_a_log_must_not_say_is_wrong(tmp_path: Path) -> None:
 
 
 class FakeClient:
-    """A server of two models, whose answers and whose memory a test decides. Mutable: all."""
+    """A server of two models; the test sets their answers and memory. All fields are mutable."""
 
     def __init__(self) -> None:
         self.active, self.asleep, self.slept = "a", set[str](), 0
@@ -644,7 +644,7 @@ class FakeClient:
         self.used = 1000
         self.grows = 0
         self.forgets = False
-        """Whether a model answers otherwise once it has slept."""
+        """Whether a model answers differently once it has slept."""
 
     async def switch(self, model: str) -> float:
         self.calls.append(f"switch {model}")
@@ -688,7 +688,7 @@ def a_story(client: Any, folder: Path, ends_in_s: float = 600.0) -> tuple[servin
 
 
 async def test_a_story_goes_through_every_residency(client: FakeClient, tmp_path: Path) -> None:
-    """Every model from each, in turn; the first sleep is told apart."""
+    """Each model enters and leaves every residency; the first sleep is reported separately."""
     story, results = a_story(client, tmp_path)
     await story.expect()
     await story.parked(4)
@@ -708,7 +708,7 @@ async def test_a_story_goes_through_every_residency(client: FakeClient, tmp_path
 
 
 async def test_answers_that_a_sleep_changes_are_counted(client: FakeClient, tmp_path: Path) -> None:
-    """Token by token: the first one after a wake, and the same one of the whole answer."""
+    """Changed tokens count: the first one after a wake, and the same one in the whole answer."""
     client.forgets = True
     story, _ = a_story(client, tmp_path)
     await story.expect()
@@ -720,7 +720,7 @@ async def test_answers_that_a_sleep_changes_are_counted(client: FakeClient, tmp_
 
 
 async def test_memory_that_grows_is_wrong(client: FakeClient, tmp_path: Path) -> None:
-    """By so much as a MiB at each wake."""
+    """A growth of a MiB at each wake is wrong."""
     client.grows = 1
     story, results = a_story(client, tmp_path)
     await story.expect()
@@ -733,7 +733,7 @@ async def test_memory_that_grows_is_wrong(client: FakeClient, tmp_path: Path) ->
 async def test_a_story_that_runs_out_of_time_says_what_is_missing(
     client: FakeClient, tmp_path: Path
 ) -> None:
-    """And does nothing more."""
+    """A story without time left says what is missing, and does nothing more."""
     story, results = a_story(client, tmp_path, ends_in_s=1.0)
     await story.expect()
     before = len(client.calls)
@@ -750,7 +750,7 @@ async def test_a_story_that_runs_out_of_time_says_what_is_missing(
 def test_a_round_is_begun_only_if_there_is_time_for_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """For one and a half of the longest so far, and for the end."""
+    """A round needs 1.5 times the longest round so far, and the time for the end."""
     now_s = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
     rounds = Rounds(Task(tmp_path, tmp_path, False, 100.0))
@@ -766,7 +766,7 @@ def test_a_round_is_begun_only_if_there_is_time_for_it(
 
 
 async def test_what_was_measured_before_an_end_is_told(client: FakeClient, tmp_path: Path) -> None:
-    """Whether somebody has interrupted it, or a server has died."""
+    """Measurements survive an interrupt, and the death of a server."""
     story, results = a_story(client, tmp_path)
     await story.expect()
 
@@ -786,7 +786,7 @@ async def test_what_was_measured_before_an_end_is_told(client: FakeClient, tmp_p
 
 
 def test_what_is_free_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smaller ones where the driver does not give away all that it counts as free."""
+    """Free memory is taken in pieces, smaller ones if the driver gives out less than it counts."""
 
     class Stingy(FakeCuda):
         def _cuMemCreate(self, *args: Any) -> Any:
@@ -810,7 +810,7 @@ def test_what_is_free_is_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_both_sleep_modes_take_turns_on_equal_terms(
     client: FakeClient, tmp_path: Path
 ) -> None:
-    """Each is asked by its own routes, and timed from the wake to the first token."""
+    """Each sleep mode uses its own routes, and is timed from the wake to the first token."""
     results = Results(tmp_path / "results")
     ours, theirs = Side(client, is_ours=True), Side(client, is_ours=False)  # type: ignore[arg-type]
     await ours.begin()
@@ -870,7 +870,7 @@ def packed(tmp_path: Path, *options: str) -> Path:
 def test_what_was_packed_runs_elsewhere(
     tmp_path: Path, wheels: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """With nothing but its folder and a Python; the check's exit status is that of the command."""
+    """A packed check needs only its folder and a Python, and exits with its command's status."""
     parts = packed(tmp_path, "--wheels", str(wheels), "--without", "nvidia-*,torch")
     to = tmp_path / "there"
     command = [sys.executable, str(parts / "unpack.py"), "--to", str(to), "--run", "--"]
@@ -904,7 +904,7 @@ FIND_IT = "import packed_here, vllm_hotswap; print(packed_here.VALUE, vllm_hotsw
 def test_parts_that_are_missing_or_broken_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is unpacked."""
+    """Missing or broken parts are reported before anything is unpacked."""
     parts = packed(tmp_path, "--without", "*", "--part-mib", "1")
     first, to = parts / "part.00", tmp_path / "there"
     assert (parts / "part.01").exists()
@@ -928,7 +928,7 @@ def test_parts_that_are_missing_or_broken_are_told(
 def test_a_wheel_that_names_a_place_outside_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As is a file that is no wheel."""
+    """A wheel with a path outside is refused, and so is a file that is not a wheel."""
     wheel = a_wheel(tmp_path, "bad", {"../outside.py": ""})
     with pytest.raises(pack.PackError, match="a place outside"):
         pack.install(wheel, tmp_path / "site", pack.Options())
@@ -938,7 +938,7 @@ def test_a_wheel_that_names_a_place_outside_is_refused(
 
 
 def test_what_the_other_machine_has_is_not_packed() -> None:
-    """By name or pattern; vLLM's build for the CPU never is."""
+    """Packages are named exactly or by pattern; vLLM's build for the CPU is never packed."""
     everything = {pin.name for pin in pack.pins(pack.Options())}
     fewer = {pin.name for pin in pack.pins(pack.Options(without=("torch", "nvidia-*")))}
 
@@ -949,7 +949,7 @@ def test_what_the_other_machine_has_is_not_packed() -> None:
 
 
 def fatbin(*containers: list[tuple[int, bytes]]) -> bytes:
-    """A section of kernels: in each container, code by compute capability."""
+    """A section of kernels: each container has code by compute capability."""
     data = b""
     for entries in containers:
         body = b""
@@ -976,7 +976,7 @@ def elf(content: bytes) -> bytes:
 
 
 def test_code_for_other_gpus_is_taken_out_of_a_library(tmp_path: Path) -> None:
-    """Its length and its places stay; a container without code for this one stays valid."""
+    """Length and offsets stay; a container without code for this GPU stays valid."""
     path = tmp_path / "kernels.so"
     code = {sm: bytes([sm]) * 64 * size for sm, size in ((80, 3), (90, 2), (100, 1))}
     made = elf(fatbin([(80, code[80]), (90, code[90])], [(100, code[100])]))

@@ -1,4 +1,4 @@
-"""Weight files: which there are, whether they are whole, and reading them ahead."""
+"""Weight files: which exist, whether they are complete, and reading them ahead."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vllm_hotswap.errors import ConfigError
 
 
 def write_safetensors(file: Path, *sizes: int, cut: int = 0) -> None:
-    """A file with one tensor per size, `cut` bytes too short."""
+    """Write a file with one tensor per size, `cut` bytes too short."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for number, size in enumerate(sizes):
@@ -48,7 +48,7 @@ def refusal(folder: Path) -> str:
     return caught.value.message
 
 
-# --- which there are ------------------------------------------------------------------------
+# --- existing files -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def refusal(folder: Path) -> str:
     ],
 )
 def test_size_is_that_of_the_files_that_vllm_reads(sizes: dict[str, int], total: int) -> None:
-    """One kind of file, as vLLM prefers them, and nothing that is there twice."""
+    """The size counts one kind of file, in vLLM's order of preference, and no weight twice."""
     assert total == weight_files_bytes(sizes)
 
 
 def test_files_are_listed_in_order(tmp_path: Path) -> None:
-    """Only files, only weights."""
+    """Only files of weights are listed, in order."""
     for name in ("b.safetensors", "a.safetensors", "config.json"):
         (tmp_path / name).touch()
     (tmp_path / "folder.safetensors").mkdir()
@@ -81,7 +81,7 @@ def test_files_are_listed_in_order(tmp_path: Path) -> None:
 
 
 def test_files_that_the_index_does_not_name_are_left_out(tmp_path: Path) -> None:
-    """vLLM does not read them either."""
+    """Files that the index does not name are left out, as by vLLM."""
     for name in ("model-1.safetensors", "other.safetensors"):
         write_safetensors(tmp_path / name, 4)
     write_index(tmp_path, "model-1.safetensors")
@@ -89,18 +89,18 @@ def test_files_that_the_index_does_not_name_are_left_out(tmp_path: Path) -> None
     assert ["model-1.safetensors"] == [file.name for file in weight_files(tmp_path)]
 
 
-# --- whether they are whole -----------------------------------------------------------------
+# --- whether they are complete --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "embed"])
 def test_shipped_models_are_whole(name: str) -> None:
-    """Real checkpoints are accepted."""
+    """Real checkpoints are accepted as complete."""
     check_weights(MODELS / name)
 
 
 @pytest.mark.parametrize("sizes", [(), (0,), (4,), (4, 8)])
 def test_whole_files_are_accepted(tmp_path: Path, sizes: tuple[int, ...]) -> None:
-    """Whatever is in them, and an index that names them all."""
+    """Complete files are accepted with any content, and with an index that names them all."""
     write_safetensors(tmp_path / "model.safetensors", *sizes)
     write_index(tmp_path, "model.safetensors")
 
@@ -108,14 +108,14 @@ def test_whole_files_are_accepted(tmp_path: Path, sizes: tuple[int, ...]) -> Non
 
 
 def test_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
-    """It may be in a format that is not known here."""
+    """A folder without weights, which may have an unknown format, is left to vLLM."""
     (tmp_path / "config.json").touch()
 
     check_weights(tmp_path)
 
 
 def test_other_formats_are_left_to_vllm(tmp_path: Path) -> None:
-    """They do not tell how long they are to be."""
+    """Other formats, whose required length is unknown, are left to vLLM."""
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
 
     check_weights(tmp_path)
@@ -123,7 +123,7 @@ def test_other_formats_are_left_to_vllm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 12])
 def test_truncated_file_is_named_with_its_sizes(tmp_path: Path, cut: int) -> None:
-    """An interrupted download is found without reading the weights."""
+    """A truncated file is named with its sizes, without reading the weights."""
     file = tmp_path / "model.safetensors"
     write_safetensors(file, 4, 8)
     whole = file.stat().st_size
@@ -135,7 +135,7 @@ def test_truncated_file_is_named_with_its_sizes(tmp_path: Path, cut: int) -> Non
 
 
 def test_truncated_file_that_is_not_read_is_no_mistake(tmp_path: Path) -> None:
-    """Beside whole files that the index names."""
+    """A truncated file beside complete ones that the index names is not a mistake."""
     write_safetensors(tmp_path / "model.safetensors", 4)
     write_safetensors(tmp_path / "consolidated.safetensors", 4, cut=1)
 
@@ -143,7 +143,7 @@ def test_truncated_file_that_is_not_read_is_no_mistake(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    """The index knows which files there are to be."""
+    """A missing file, which the index lists, is named in the error."""
     write_safetensors(tmp_path / "model-1.safetensors", 4)
     write_index(tmp_path, "model-1.safetensors", "model-2.safetensors")
 
@@ -164,7 +164,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_index_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
-    """Whatever is wrong with it."""
+    """An index that cannot be read is named, whatever is wrong in it."""
     (tmp_path / INDEX).write_text(text)
 
     assert f"the index {str(tmp_path / INDEX)!r} cannot be read: " in refusal(tmp_path)
@@ -182,7 +182,7 @@ def test_index_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
     ],
 )
 def test_file_that_is_no_safetensors_file_is_named(tmp_path: Path, content: bytes) -> None:
-    """Empty, too short, or something else: the pointer of a large file, for instance."""
+    """A file that is empty, too short, or a pointer of Git LFS is named in the error."""
     (tmp_path / "model.safetensors").write_bytes(content)
 
     message = refusal(tmp_path)
@@ -194,7 +194,7 @@ def test_file_that_is_no_safetensors_file_is_named(tmp_path: Path, content: byte
     "header", [b"{]", b"[]", b"\xff\xfe", b'{"w": 7}', b'{"w": {}}', b'{"w": {"data_offsets": []}}']
 )
 def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> None:
-    """It is not JSON, or not that of tensors."""
+    """A header that is not JSON, or not one of tensors, is named in the error."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
 
@@ -214,7 +214,7 @@ def test_header_that_cannot_be_read_is_named(tmp_path: Path, header: bytes) -> N
     ],
 )
 def test_tensor_that_is_not_described_is_named(tmp_path: Path, entry: str, what: str) -> None:
-    """With its file, and with what is wrong."""
+    """A tensor without a valid description is reported with its file and what is wrong."""
     header = f'{{"w": {{{entry}, "data_offsets": [0, 0]}}}}'.encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -226,20 +226,20 @@ def test_tensor_that_is_not_described_is_named(tmp_path: Path, entry: str, what:
 
 
 def test_name_in_the_index_that_no_file_can_have_is_named(tmp_path: Path) -> None:
-    """The system says what is wrong with it."""
+    """An invalid file name in the index is reported with the system's reason."""
     write_index(tmp_path, "x" * 300)
 
     assert refusal(tmp_path).endswith("xxx' cannot be read: File name too long")
 
 
 def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
-    """A broken disk is told of as such."""
+    """A file on a broken disk is reported with the disk's error."""
     (tmp_path / "model.safetensors").symlink_to("/proc/self/mem")
 
     assert refusal(tmp_path).endswith("model.safetensors' cannot be read: Input/output error")
 
 
-# --- how it describes itself ----------------------------------------------------------------
+# --- its description ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_file_that_cannot_be_read_at_all_is_named(tmp_path: Path) -> None:
 def test_description_that_is_no_object_is_named(
     tmp_path: Path, name: str, look: Callable[[Path], None], text: str, problem: str
 ) -> None:
-    """Whatever a library below would say of it."""
+    """A description that is not an object gets an error of ours, not a library's."""
     (tmp_path / name).write_text(text)
 
     with pytest.raises(ConfigError) as caught:
@@ -272,7 +272,7 @@ def test_description_that_is_no_object_is_named(
 
 @pytest.mark.parametrize("value", ["5", '"LlamaForCausalLM"', "[5]", "{}"])
 def test_architectures_that_are_no_names_are_named(tmp_path: Path, value: str) -> None:
-    """With the file."""
+    """Architectures that are not names are reported with the file."""
     (tmp_path / "config.json").write_text(f'{{"architectures": {value}}}')
 
     with pytest.raises(ConfigError) as caught:
@@ -288,7 +288,7 @@ def test_architectures_that_are_no_names_are_named(tmp_path: Path, value: str) -
     "text", ["{}", '{"architectures": null}', '{"architectures": ["LlamaForCausalLM"]}']
 )
 def test_description_may_leave_things_out(tmp_path: Path, text: str) -> None:
-    """vLLM has its own defaults; it needs neither file in another format."""
+    """A description may leave out what vLLM has defaults for; other formats need neither file."""
     check_description(tmp_path)
     check_generation(tmp_path)
 
@@ -302,7 +302,7 @@ def test_description_may_leave_things_out(tmp_path: Path, text: str) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """Two files, together two chunks and a byte."""
+    """Two files, together two chunks and one byte."""
     (tmp_path / "a").write_bytes(bytes(CHUNK_BYTES))
     (tmp_path / "b").write_bytes(bytes(CHUNK_BYTES + 1))
     return [tmp_path / "a", tmp_path / "b"]
@@ -318,12 +318,12 @@ def files(tmp_path: Path) -> list[Path]:
     ],
 )
 async def test_files_are_read_as_far_as_the_limit(files: list[Path], limit: int, read: int) -> None:
-    """Rounded up to a chunk; each byte once."""
+    """Files are read up to the limit, rounded up to a chunk; each byte is read once."""
     assert read == await read_ahead(files, limit)
 
 
 async def test_reading_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
-    """It happens on a thread, and stops there when it is cancelled."""
+    """A thread reads, without delaying the event loop, and stops when it is cancelled."""
     endless = Path("/dev/zero")
     before = threading.active_count()
 
@@ -339,7 +339,7 @@ async def test_reading_does_not_hold_up_the_event_loop(tmp_path: Path) -> None:
 
 
 async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """As an error of ours, with the reason."""
+    """A file that cannot be read gets an error of ours, with the reason."""
     with pytest.raises(ConfigError) as caught:
         await read_ahead([tmp_path / "gone"], 1)
 
@@ -363,7 +363,7 @@ async def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_offsets_that_are_no_range_are_refused(tmp_path: Path, offsets: str) -> None:
-    """With the file's name."""
+    """Invalid offsets are refused with the file's name."""
     header = f'{{"a": {{"dtype": "F32", "shape": [1], "data_offsets": {offsets}}}}}'.encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -379,7 +379,7 @@ def test_offsets_that_are_no_range_are_refused(tmp_path: Path, offsets: str) -> 
 def test_a_larger_type_in_memory_is_counted(
     tmp_path: Path, dtype: str, itemsize: int, more: int
 ) -> None:
-    """Twelve values of it; integers are not converted, and a smaller type is no gain."""
+    """Values of a larger type count; integers are not converted, a smaller type gains nothing."""
     size = 12 * {"BF16": 2, "F16": 2, "F32": 4, "I8": 1}[dtype]
     entry = {"w": {"dtype": dtype, "shape": [12], "data_offsets": [0, size]}}
     head = json.dumps(entry).encode()
@@ -390,7 +390,7 @@ def test_a_larger_type_in_memory_is_counted(
 
 
 def test_files_that_cannot_be_read_are_counted_as_they_are(tmp_path: Path) -> None:
-    """The load says what is wrong with them."""
+    """Unreadable files count with their size; the load reports what is wrong with them."""
     (tmp_path / "model.safetensors").write_bytes(b"broken")
 
     assert 0 == converted_bytes(tmp_path, 4)

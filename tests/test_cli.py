@@ -1,4 +1,4 @@
-"""The command line: where the file may stand, and how errors are told."""
+"""The command line: the position of the file, and the form of errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllm_hotswap.misspelt import explained, refuse_misspelt
     ],
 )
 def test_what_is_clear_is_left_as_it_is(words: str) -> None:
-    """The first word is the file, unless it is a flag."""
+    """A first word that is not a flag is the file, and the arguments stay as they are."""
     argv = ["serve", *words.split()]
 
     assert argv == file_first(argv)
@@ -33,7 +33,7 @@ def test_what_is_clear_is_left_as_it_is(words: str) -> None:
 
 @pytest.mark.parametrize("argv", [[], ["demo", "--write", "a.yaml"], ["--version"]])
 def test_other_commands_are_left_as_they_are(argv: list[str]) -> None:
-    """Only `serve` takes flags that are not its own."""
+    """Other commands' arguments stay: only `serve` accepts flags that are not its own."""
     assert argv == file_first(argv)
 
 
@@ -49,19 +49,19 @@ def test_other_commands_are_left_as_they_are(argv: list[str]) -> None:
     ],
 )
 def test_a_file_behind_flags_is_found(words: str, expected: str) -> None:
-    """By its name, since only vLLM knows which flags take a value."""
+    """A file behind flags is found by its name: only vLLM knows which flags take a value."""
     assert ["serve", *expected.split()] == file_first(["serve", *words.split()])
 
 
 @pytest.mark.parametrize("words", ["--host 127.0.0.1", "--host a models", "--x a.yaml b.yaml"])
 def test_a_file_that_cannot_be_told_from_a_flags_value_is_asked_for(words: str) -> None:
-    """Rather than taking the value of a flag for the file."""
+    """If a word may be a flag's value, the error asks for `serve FILE` instead of guessing."""
     with pytest.raises(ConfigError, match="vllm-hotswap serve FILE"):
         file_first(["serve", *words.split()])
 
 
 def test_an_error_is_one_line(tmp_path: Path) -> None:
-    """Whatever is in its message."""
+    """An error is one line, whatever its message contains."""
     path = tmp_path / "models.yaml"
     path.write_text('models: {"two\\nlines": 3}')
 
@@ -74,7 +74,7 @@ def test_an_error_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", ["api", "admin"])
 def test_a_key_file_that_cannot_be_used_ends_the_start(role: str, tmp_path: Path) -> None:
-    """Before anything slow is done, with one line that names it and shows nothing of it."""
+    """A bad key file ends the start in one line, before any slow work, and shows no contents."""
     (tmp_path / "models.yaml").write_text("models: {llama: {model: org/llama}}")
     keys = tmp_path / "keys"
     keys.write_text("sk-canary")
@@ -89,7 +89,7 @@ def test_a_key_file_that_cannot_be_used_ends_the_start(role: str, tmp_path: Path
 
 
 def test_no_file_is_told_with_the_usage() -> None:
-    """As every mistake on the command line."""
+    """A missing file gets an error with the usage, like every mistake on the command line."""
     ended = run("serve", "--port", "1")
 
     assert 2 == ended.returncode
@@ -100,7 +100,7 @@ def test_no_file_is_told_with_the_usage() -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line of an error of the command line."""
+    """Return the one line of an error of the command line."""
     with pytest.raises(SystemExit, match="2"):
         main(argv)
     (line,) = capsys.readouterr().err.splitlines()
@@ -124,21 +124,21 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 def test_unknown_word_is_answered_with_the_nearest(
     line: str, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Or with the command that does what another program calls so."""
+    """An unknown word gets the nearest command, or ours for another program's word."""
     assert f"did you mean {nearest!r}?" in refused(capsys, *line.split())
 
 
 def test_word_that_is_near_to_nothing_is_answered_with_all_commands(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """There are not many."""
+    """A word that is near to no command gets the list of the few commands."""
     error = refused(capsys, "zzz")
 
     assert [] == [name for name in COMMANDS if name not in error]
 
 
 def test_without_a_command_all_of_them_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    """With what each is for; the status is that of a mistake."""
+    """Without a command all are shown with their purposes; the status is that of a mistake."""
     assert 2 == main([])
 
     shown = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_without_a_command_all_of_them_are_shown(capsys: pytest.CaptureFixture[s
 def test_help_of_serve_names_the_flags_that_everybody_needs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They are vLLM's, and not among ours."""
+    """The help of `serve` names the most needed flags, although they are vLLM's."""
     with pytest.raises(SystemExit, match="0"):
         main(["serve", "--help"])
 
@@ -158,7 +158,7 @@ def test_help_of_serve_names_the_flags_that_everybody_needs(
 
 @pytest.fixture
 def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of an installed vLLM, of the newest version that is known, whose import fails."""
+    """Return the folder of an installed vLLM of the newest known version, whose import fails."""
     folder = tmp_path / "vllm"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise AssertionError('this takes seconds')")
@@ -183,7 +183,7 @@ def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_misspelt_flag_is_answered_without_importing_vllm(
     command: str, flag: str, nearest: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which takes many seconds. The file is not even read."""
+    """A misspelt flag is found without the slow import of vLLM, and without reading the file."""
     assert 1 == main([command, "nowhere.yaml", flag, "auto"])
 
     assert f"{flag.partition('=')[0]}; did you mean {nearest!r}?" in capsys.readouterr().err
@@ -195,26 +195,26 @@ def test_misspelt_flag_is_answered_without_importing_vllm(
 )
 @pytest.mark.usefixtures("vllm")
 def test_flag_that_vllm_may_know_is_left_to_vllm(flag: str) -> None:
-    """Also an abbreviation, and what is near to nothing."""
+    """Flags that vLLM may know are left to it: abbreviations, and words near to no flag."""
     refuse_misspelt([flag, "1", "--compilation-config.level", "3"])
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "99.0.0", "dev"])
 def test_flags_of_other_releases_are_left_to_vllm(version: str, vllm: Path) -> None:
-    """A newer one may have a flag of that name."""
+    """A newer release may have a flag of that name."""
     (vllm / "_version.py").write_text(f"__version__ = version = '{version}'")
 
     refuse_misspelt(["--prot", "1"])
 
 
 def test_message_of_vllms_parser_gets_the_nearest_flag() -> None:
-    """Where vLLM had to be asked."""
+    """An error of vLLM's parser is completed with the nearest flag."""
     assert explained("unrecognized arguments: --prot 1").endswith("; did you mean '--port'?")
     assert "argument --port: invalid" == explained("argument --port: invalid")
 
 
 def test_commands_for_a_server_load_no_more_than_they_need() -> None:
-    """Neither pydantic nor Starlette, which take a second, for one call over HTTP."""
+    """Commands for a server load neither pydantic nor Starlette, which take a second."""
     code = "import sys, vllm_hotswap.cli; print(*sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True

@@ -1,4 +1,4 @@
-"""Where vLLM keeps its names, by version, and what is said of a version that nobody has tried."""
+"""Names of vLLM that moved between versions, and warnings about untested versions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def away(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_a_name_is_found_in_its_old_place(away: ModuleType) -> None:
-    """Also where a whole folder of the newer place is missing."""
+    """A name is found in its old place, even if a whole package of the newer place is missing."""
     assert find("thing", TWO_PLACES) is OLD
 
 
 def test_the_newer_place_wins(away: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A version that still has a module at the old place is not asked for it."""
+    """The newer place is used, even if a version still has a module at the old one."""
     new = ModuleType("away.new.place")
     new.thing = NEW  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "away.new.place", new)
@@ -46,14 +46,14 @@ def test_the_newer_place_wins(away: ModuleType, monkeypatch: pytest.MonkeyPatch)
 def test_a_newer_module_without_the_name_is_passed_over(
     away: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A module may be older than the move of a name into it."""
+    """A newer module without the name is skipped: it may be older than the name's move."""
     monkeypatch.setitem(sys.modules, "away.new.place", ModuleType("away.new.place"))
 
     assert find("thing", TWO_PLACES) is OLD
 
 
 def test_a_name_that_is_nowhere_is_an_error_with_all_places(away: ModuleType) -> None:
-    """It says which name, where it was looked for, and what to do."""
+    """A name that is nowhere gets an error with the name, all places, and what to do."""
     del away.thing
 
     with pytest.raises(ConfigError, match=r"'thing' in away\.new\.place or away\.old; install"):
@@ -63,7 +63,7 @@ def test_a_name_that_is_nowhere_is_an_error_with_all_places(away: ModuleType) ->
 def test_a_module_that_cannot_be_imported_is_not_taken_for_a_missing_one(
     away: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is missing is named, and not hidden behind the older place."""
+    """If an import inside a module fails, the error names it, and no older place is tried."""
     (tmp_path / "broken_away.py").write_text("import a_library_that_is_missing")
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -73,7 +73,7 @@ def test_a_module_that_cannot_be_imported_is_not_taken_for_a_missing_one(
 
 @pytest.mark.parametrize("name", PLACES)
 def test_places_are_listed_newest_first(name: str) -> None:
-    """Otherwise a module that is kept for old callers would be taken."""
+    """Places are listed newest first: a module kept for old callers must not be used."""
     versions = [tuple(map(int, version.split("."))) for version in PLACES[name]]
 
     assert sorted(versions, reverse=True) == versions
@@ -81,13 +81,13 @@ def test_places_are_listed_newest_first(name: str) -> None:
 
 @pytest.mark.parametrize("version", [*RUN_ON, f"{RUN_ON[-1]}.post1", f"{RUN_ON[-1]}rc1+cpu"])
 def test_versions_that_were_run_are_passed_without_a_word(version: str) -> None:
-    """Fix releases and builds of them, too."""
+    """Versions that were run give no warning, nor do their fix releases and builds."""
     assert warning(version) is None
 
 
 @pytest.mark.parametrize("version", RUN_ON)
 def test_the_readme_says_what_was_run(version: str) -> None:
-    """Every version that users are not warned of, with what was run on it."""
+    """The README lists every version without a warning, with the tests that were run on it."""
     text = (Path(__file__).parent.parent / "README.md").read_text()
 
     assert re.search(rf"^\| {re.escape(version)} \| \S.* \| \S.* \| \S.* \|$", text, re.MULTILINE)
@@ -95,7 +95,7 @@ def test_the_readme_says_what_was_run(version: str) -> None:
 
 @pytest.mark.parametrize("version", READ_ON)
 def test_a_version_that_was_only_read_is_warned_of_in_other_words(version: str) -> None:
-    """It has all names, and nobody has run it."""
+    """A version that has all names, but was never run, gets another warning."""
     text = warning(version)
 
     assert text is not None
@@ -104,7 +104,7 @@ def test_a_version_that_was_only_read_is_warned_of_in_other_words(version: str) 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.27.0", "0.999.0", "1.0.0", "dev"])
 def test_another_version_is_warned_of(version: str) -> None:
-    """It is named, and so are the versions that were run."""
+    """The warning names another version, and the versions that were run."""
     text = warning(version)
 
     assert text is not None
@@ -113,7 +113,7 @@ def test_another_version_is_warned_of(version: str) -> None:
 
 
 def test_an_unknown_architecture_is_answered_with_the_nearest_ones() -> None:
-    """And not with the hundreds that vLLM knows."""
+    """An unknown architecture gets the nearest ones, not the hundreds that vLLM knows."""
     known = [f"Other{number}Model" for number in range(300)] + ["LlamaForCausalLM"]
     message = (
         "Value error, Model architectures ['LamaForCausalLM', 'Nope'] are not supported for now. "
@@ -130,7 +130,7 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_ones() -> None:
 
 
 def test_other_messages_of_vllm_stay_what_they_are() -> None:
-    """Whole."""
+    """Other messages of vLLM are passed on whole."""
     assert "no [x] here" == nearest_architectures("no [x] here")
 
 
@@ -148,5 +148,5 @@ def test_other_messages_of_vllm_stay_what_they_are() -> None:
     ],
 )
 def test_a_value_that_vllm_cannot_read_is_told_without_its_function(said: str, plain: str) -> None:
-    """Any other message stays as it is."""
+    """A value that vLLM cannot read is reported without its function; other messages stay."""
     assert f"argument --seed: {plain}" == plain_value(f"argument --seed: {said}")

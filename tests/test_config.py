@@ -1,4 +1,4 @@
-"""The YAML file: what is accepted, and how every mistake is named."""
+"""The YAML file: what is accepted, and how every mistake is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Load = Callable[[str], ServerConfig]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """Loads a text as `models.yaml`, beside a checkpoint `tiny` and an empty folder `empty`."""
+    """Load a text as `models.yaml`, beside a checkpoint `tiny` and an empty folder `empty`."""
     for name in ("tiny", "empty"):
         (tmp_path / name).mkdir()
     (tmp_path / "tiny" / "config.json").write_text("{}")
@@ -41,7 +41,7 @@ def load(tmp_path: Path) -> Load:
 
 @pytest.fixture
 def refusal(load: Load) -> Callable[[str], str]:
-    """The message with which a text is refused."""
+    """Return the message with which a text is refused."""
 
     def refuse(text: str) -> str:
         with pytest.raises(ConfigError) as caught:
@@ -51,11 +51,11 @@ def refusal(load: Load) -> Callable[[str], str]:
     return refuse
 
 
-# --- what is accepted -----------------------------------------------------------------------
+# --- accepted files -------------------------------------------------------------------------
 
 
 def test_shortest_file_has_one_model(load: Load) -> None:
-    """One alias with a model is enough; everything else has a default."""
+    """A file may be one alias with a model; everything else has a default."""
     config = load("models: {llama: {model: org/llama}}")
 
     assert ("llama",) == config.aliases
@@ -65,7 +65,7 @@ def test_shortest_file_has_one_model(load: Load) -> None:
 
 
 def test_first_model_is_the_default(load: Load) -> None:
-    """The file's order counts where `default_model` is left out."""
+    """The first model in the file counts if `default_model` is left out."""
     config = load("models: {b: {model: org/b}, a: {model: org/a}}")
 
     assert ("b", "a") == config.aliases
@@ -80,14 +80,14 @@ def test_default_model_is_taken_from_the_file(load: Load) -> None:
 
 
 def test_other_keys_are_settings_of_vllm(load: Load) -> None:
-    """What is not ours is kept as it is, for vLLM's own parser."""
+    """Keys that are not ours are kept unchanged for vLLM's own parser."""
     config = load("models: {a: {model: org/a, max_model_len: 64, enforce_eager: true}}")
 
     assert {"max_model_len": 64, "enforce_eager": True} == config.models[0].settings
 
 
 def test_load_may_wait_for_the_first_switch(load: Load) -> None:
-    """`load: on_demand` is accepted and is no setting of vLLM."""
+    """`load: on_demand` is accepted, and is not passed to vLLM."""
     model = load("models: {a: {model: org/a, load: on_demand}}").models[0]
 
     assert "on_demand" == model.load
@@ -105,12 +105,12 @@ def test_switching_section_is_read(load: Load) -> None:
 
 
 def test_empty_switching_section_means_the_defaults(load: Load) -> None:
-    """A section whose keys are all commented out is no mistake."""
+    """A section whose keys are all commented out is not a mistake."""
     assert SwitchingConfig() == load("models: {a: {model: org/a}}\nswitching:").switching
 
 
 def test_memory_section_is_read(load: Load) -> None:
-    """Sizes in bytes, in words, or as fractions; what is left out has a default."""
+    """Memory sizes may be in bytes, in words, or fractions; what is left out has a default."""
     config = load("models: {a: {model: org/a}}\nmemory: {device: 20GiB, host: 25%}")
 
     assert MemoryBudget(20 << 30, 0.25) == config.memory
@@ -119,12 +119,12 @@ def test_memory_section_is_read(load: Load) -> None:
 
 @pytest.mark.parametrize("section", ["", "\nmemory:", "\nmemory: {}"])
 def test_memory_section_may_be_left_out(load: Load, section: str) -> None:
-    """Or be empty: both budgets have their defaults."""
+    """A missing or empty section gives both budgets their defaults."""
     assert MemoryBudget(None, None) == load("models: {a: {model: org/a}}" + section).memory
 
 
 def test_residency_of_a_model_is_configured_beside_it(load: Load) -> None:
-    """`pinned` and idle times are ours, and no settings of vLLM; times may be null."""
+    """`pinned` and idle times are our settings, not vLLM's; times may be null."""
     models = load(
         "models:\n"
         "  a: {model: org/a, pinned: true, idle_sleep: 60, idle_unload: 0.5}\n"
@@ -155,7 +155,7 @@ def test_absolute_folder_is_kept(load: Load, tmp_path: Path) -> None:
 
 
 def test_home_is_expanded(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`~` is the user's home."""
+    """`~` is expanded to the user's home."""
     monkeypatch.setenv("HOME", str(tmp_path))
 
     assert str(tmp_path.resolve() / "tiny") == load("models: {a: {model: ~/tiny}}").models[0].model
@@ -163,7 +163,7 @@ def test_home_is_expanded(load: Load, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("name", ["org/llama", "gpt2"])
 def test_hub_name_is_kept(load: Load, name: str) -> None:
-    """What is not a folder here is a model hub's name."""
+    """A name that is not a folder here is a model hub's name."""
     model = load(f"models: {{a: {{model: {name}}}}}").models[0]
 
     assert name == model.model
@@ -171,7 +171,7 @@ def test_hub_name_is_kept(load: Load, name: str) -> None:
 
 
 def test_merge_keys_share_settings(load: Load) -> None:
-    """YAML's `<<` works, and what an entry says itself wins."""
+    """YAML's `<<` shares settings, and an entry's own keys have precedence."""
     config = load(
         "models:\n"
         "  a: &a {model: org/a, dtype: float32, seed: 1}\n"
@@ -182,23 +182,23 @@ def test_merge_keys_share_settings(load: Load) -> None:
     assert {"dtype": "float32", "seed": 2} == config.models[1].settings
 
 
-# --- files that cannot be read --------------------------------------------------------------
+# --- unreadable files -----------------------------------------------------------------------
 
 
 def test_missing_file_is_named_with_a_way_to_get_one(tmp_path: Path) -> None:
-    """The message says which file is missing and how to have one written."""
+    """The message has the missing file and the way to create one."""
     with pytest.raises(ConfigError, match=r"nowhere\.yaml' does not exist; `vllm-hotswap demo"):
         load_config(tmp_path / "nowhere.yaml")
 
 
 def test_folder_is_no_configuration_file(tmp_path: Path) -> None:
-    """The message says what to do, and has no number of a descriptor."""
+    """The message for a folder says what to do, without the number of a descriptor."""
     with pytest.raises(ConfigError, match=r"^'.*' is a folder; name the YAML file in it$"):
         load_config(tmp_path)
 
 
 def test_file_must_be_text(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 are an unreadable file."""
+    """Bytes that are not UTF-8 make the file unreadable."""
     path = tmp_path / "models.yaml"
     path.write_bytes(b"\xff\xfe\x00")
 
@@ -208,7 +208,7 @@ def test_file_must_be_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
 def test_a_file_in_another_encoding_is_told_with_what_to_do(tmp_path: Path, encoding: str) -> None:
-    """Some editors save UTF-16 without being asked."""
+    """For other encodings, as UTF-16 of some editors, the message says what to do."""
     path = tmp_path / "models.yaml"
     path.write_text("models: {é: {model: org/a}}", encoding=encoding)
 
@@ -216,7 +216,7 @@ def test_a_file_in_another_encoding_is_told_with_what_to_do(tmp_path: Path, enco
         load_config(path)
 
 
-# --- what cannot work -----------------------------------------------------------------------
+# --- impossible settings --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_file_in_another_encoding_is_told_with_what_to_do(tmp_path: Path, enco
 def test_text_that_is_no_yaml_is_refused(
     refusal: Callable[[str], str], text: str, expected: str
 ) -> None:
-    """YAML's own complaint is passed on, on one line; a key given twice is one of them."""
+    """YAML's own message is passed on, on one line; a key given twice is one such mistake."""
     message = refusal(text)
 
     assert expected in message
@@ -271,7 +271,7 @@ def test_text_that_is_no_yaml_is_refused(
 def test_shape_that_cannot_work_is_named(
     refusal: Callable[[str], str], text: str, expected: str
 ) -> None:
-    """The message names the place, what is there, and what belongs there."""
+    """The message has the place, what is there, and what belongs there."""
     message = refusal(text)
 
     assert expected in message
@@ -312,7 +312,7 @@ KNOWN = (
 def test_unknown_key_is_answered_with_the_nearest_one(
     refusal: Callable[[str], str], text: str, expected: str
 ) -> None:
-    """A typing mistake is answered with the right key, anything else with all of them."""
+    """A typing mistake gets the right key, any other unknown key gets the whole list."""
     assert refusal(text).endswith(expected)
 
 
@@ -325,7 +325,7 @@ def test_unknown_key_is_answered_with_the_nearest_one(
     ],
 )
 def test_long_list_of_known_keys_is_not_recited(known: list[str], hint: str) -> None:
-    """With vLLM's hundreds of flags, only a near one is worth naming."""
+    """Of vLLM's hundreds of flags, a message names only a near one."""
     assert (
         f"here: unknown key 'max_model_length'{hint}"
         == unknown_key("here", "max_model_length", known).message
@@ -344,7 +344,7 @@ def test_long_list_of_known_keys_is_not_recited(known: list[str], hint: str) -> 
 def test_default_model_must_be_configured(
     refusal: Callable[[str], str], default: str, expected: str
 ) -> None:
-    """The message names the default, the nearest alias and all aliases."""
+    """An unknown default model is refused with the nearest alias and all aliases."""
     text = f"default_model: {default}\nmodels: {{llama: {{model: x}}, qwen: {{model: y}}}}"
 
     assert expected in refusal(text)
@@ -363,7 +363,7 @@ def test_default_model_must_be_configured(
 def test_folder_that_does_not_exist_is_named(
     refusal: Callable[[str], str], model: str, expected: str
 ) -> None:
-    """What is written as a path must be a folder, or a GGUF file."""
+    """A value written as a path must be a folder, or a GGUF file."""
     message = refusal(f"models: {{a: {{model: {model}}}}}")
 
     assert f"models.a.model: {expected}" in message
@@ -371,7 +371,7 @@ def test_folder_that_does_not_exist_is_named(
 
 
 def test_file_of_another_kind_is_no_checkpoint(refusal: Callable[[str], str]) -> None:
-    """It exists, and that is not the point."""
+    """A file that exists, but is of another kind, is refused."""
     message = refusal("models: {a: {model: ./models.yaml}}")
 
     assert message.endswith("models.yaml' is neither a folder nor a .gguf file")
@@ -379,7 +379,7 @@ def test_file_of_another_kind_is_no_checkpoint(refusal: Callable[[str], str]) ->
 
 @pytest.mark.parametrize("model", ["empty", "./empty", "."])
 def test_folder_without_a_checkpoint_is_refused(refusal: Callable[[str], str], model: str) -> None:
-    """A folder without config.json would only fail later, and less clearly."""
+    """Without config.json, the folder would only fail later, with a less clear message."""
     assert refusal(f"models: {{a: {{model: {model}}}}}").endswith(
         "has no config.json; it is not a checkpoint"
     )
@@ -388,7 +388,7 @@ def test_folder_without_a_checkpoint_is_refused(refusal: Callable[[str], str], m
 @pytest.mark.parametrize("model", ["mistral/params.json", "model.gguf"])
 @pytest.mark.parametrize("prefix", ["", "./"])
 def test_checkpoints_in_other_formats_are_accepted(tmp_path: Path, model: str, prefix: str) -> None:
-    """A folder in Mistral's own format, and a GGUF file, which is a checkpoint by itself."""
+    """A folder in Mistral's format, and a GGUF file, which is a checkpoint itself, are accepted."""
     file = tmp_path / model
     file.parent.mkdir(exist_ok=True)
     file.touch()
@@ -402,13 +402,13 @@ def test_checkpoints_in_other_formats_are_accepted(tmp_path: Path, model: str, p
 
 @pytest.mark.parametrize("model", ["~nobody-has-this-name/x", '"a\\0b"'])
 def test_text_that_is_no_path_is_refused(refusal: Callable[[str], str], model: str) -> None:
-    """An unknown user and a null byte are mistakes of the file, not of the program."""
+    """A path with an unknown user or a null byte is a mistake of the file, not of the program."""
     assert "is not a valid path" in refusal(f"models: {{a: {{model: {model}}}}}")
 
 
 @pytest.mark.parametrize("value", ["1", "yes please", "null", "[true]", '"true"', "0.5"])
 def test_pinned_is_true_or_false(refusal: Callable[[str], str], value: str) -> None:
-    """Nothing that merely looks like it."""
+    """Values of `pinned` that only look like a boolean are refused."""
     message = refusal(f"models: {{a: {{model: x, pinned: {value}}}}}")
 
     assert "models.a.pinned is " in message
@@ -420,7 +420,7 @@ def test_pinned_is_true_or_false(refusal: Callable[[str], str], value: str) -> N
 def test_idle_times_are_seconds_above_zero(
     refusal: Callable[[str], str], key: str, value: str
 ) -> None:
-    """Neither negative nor infinite, and a model that rests at once could never be used."""
+    """Negative and infinite times are refused, and zero, since such a model could never be used."""
     message = refusal(f"models: {{a: {{model: x, {key}: {value}}}}}")
 
     assert f"models.a.{key} is " in message
@@ -434,7 +434,7 @@ def test_idle_times_are_seconds_above_zero(
 def test_memory_sizes_are_bytes_or_fractions(
     refusal: Callable[[str], str], key: str, value: str
 ) -> None:
-    """Anything else is named, with what would do."""
+    """Sizes are bytes or fractions; anything else is refused with what would be accepted."""
     message = refusal(f"models: {{a: {{model: x}}}}\nmemory: {{{key}: {value}}}")
 
     assert f"memory.{key} is " in message
@@ -442,7 +442,7 @@ def test_memory_sizes_are_bytes_or_fractions(
 
 
 def test_memory_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
-    """The section is a mapping or left out."""
+    """The section `memory` is a mapping, or left out."""
     assert "memory must be a mapping with the keys device and host, not str '20GiB'" in refusal(
         "models: {a: {model: x}}\nmemory: 20GiB"
     )
@@ -453,7 +453,7 @@ def test_memory_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
 def test_switching_values_are_numbers_of_at_least_zero(
     refusal: Callable[[str], str], key: str, value: str
 ) -> None:
-    """Neither negative nor infinite nor anything else than a number."""
+    """Values that are negative, infinite or not numbers are refused."""
     message = refusal(f"models: {{a: {{model: x}}}}\nswitching: {{{key}: {value}}}")
 
     assert f"switching.{key} is " in message
@@ -461,22 +461,22 @@ def test_switching_values_are_numbers_of_at_least_zero(
 
 
 def test_max_waiting_is_a_whole_number(refusal: Callable[[str], str]) -> None:
-    """Requests are counted in whole ones."""
+    """`max_waiting` is a whole number of requests."""
     assert "max_waiting is 1.5" in refusal("models: {a: {model: x}}\nswitching: {max_waiting: 1.5}")
 
 
 def test_switching_must_be_a_mapping(refusal: Callable[[str], str]) -> None:
-    """The section is a mapping or left out."""
+    """The section `switching` is a mapping, or left out."""
     assert ("memory must be a mapping with the keys device and host, not int 3") in refusal(
         "models: {a: {model: x}}\nmemory: 3"
     )
 
 
-# --- what counts for several models ---------------------------------------------------------
+# --- defaults for several models ------------------------------------------------------------
 
 
 def test_defaults_count_for_every_model(load: Load) -> None:
-    """Keys of ours and of vLLM's; what a model says itself wins, null too."""
+    """Defaults apply to our keys and vLLM's; a model's own value wins, even null."""
     config = load(
         "defaults: {max_model_len: 64, load: on_demand, idle_sleep: 5, seed: 1}\n"
         "models: {a: {model: x, seed: null, idle_sleep: null}, b: {model: y, load: startup}}"
@@ -505,12 +505,12 @@ def test_defaults_count_for_every_model(load: Load) -> None:
 def test_a_mistake_in_defaults_is_named_there(
     refusal: Callable[[str], str], defaults: str, expected: str
 ) -> None:
-    """Not in the first model that gets them."""
+    """A mistake in defaults is reported there, not in the first model that gets them."""
     assert refusal(f"defaults: {defaults}\nmodels: {{a: {{model: x}}}}").endswith(expected)
 
 
 def test_a_model_may_have_several_names(load: Load) -> None:
-    """The alias first; the default model may be told by any of them."""
+    """A model may have additional names; the alias comes first, any may be the default."""
     config = load("default_model: gpt\nmodels: {a: {model: x}, b: {model: y, aliases: [gpt, q]}}")
 
     assert [("a",), ("b", "gpt", "q")] == [model.names for model in config.models]
@@ -519,7 +519,7 @@ def test_a_model_may_have_several_names(load: Load) -> None:
 
 @pytest.mark.parametrize("names", ["[a]", "[b]", "[c, c]"])
 def test_every_name_is_one_models(refusal: Callable[[str], str], names: str) -> None:
-    """The alias of another model, its own, or one given twice."""
+    """Another model's alias, its own, and a name given twice are refused."""
     message = refusal(f"models: {{a: {{model: x}}, b: {{model: y, aliases: {names}}}}}")
 
     assert "is taken by models." in message
@@ -527,7 +527,7 @@ def test_every_name_is_one_models(refusal: Callable[[str], str], names: str) -> 
 
 @pytest.mark.parametrize("names", ["gpt", "[1]", "['']", "{a: 1}"])
 def test_aliases_are_a_list_of_names(refusal: Callable[[str], str], names: str) -> None:
-    """Anything else is named."""
+    """Aliases must be a list of names; anything else is refused with its place."""
     assert "models.a.aliases" in refusal(f"models: {{a: {{model: x, aliases: {names}}}}}")
 
 
@@ -535,7 +535,7 @@ def test_aliases_are_a_list_of_names(refusal: Callable[[str], str], names: str) 
 
 
 def test_quant_config_is_a_file_or_null_or_left_out(load: Load, tmp_path: Path) -> None:
-    """Relative to the YAML file; the three cases are told apart."""
+    """A path is relative to the YAML file; the three cases have different results."""
     (tmp_path / "quant.json").write_text("{}")
     config = load(
         "models:\n"
@@ -560,7 +560,7 @@ def test_quant_config_is_a_file_or_null_or_left_out(load: Load, tmp_path: Path) 
 def test_quant_config_that_is_no_file_is_named(
     refusal: Callable[[str], str], value: str, expected: str
 ) -> None:
-    """Before the start; a folder is none."""
+    """A file of quantisation that is missing, or is a folder, is refused before the start."""
     assert refusal(f"models: {{a: {{model: x, quant_config: {value}}}}}").endswith(expected)
 
 
@@ -568,7 +568,7 @@ def test_quant_config_that_is_no_file_is_named(
 
 
 def test_sampling_of_a_model_is_read(load: Load) -> None:
-    """All four keys; left out, nothing happens to requests."""
+    """All four keys of `sampling` are read; without it, requests are not changed."""
     given, none = load(
         "models:\n"
         "  a:\n"
@@ -594,7 +594,7 @@ def test_sampling_of_a_model_is_read(load: Load) -> None:
 def test_a_mistake_in_sampling_is_named(
     refusal: Callable[[str], str], section: str, expected: str
 ) -> None:
-    """With its place."""
+    """A mistake in sampling is reported with its place."""
     assert expected in refusal(f"models: {{a: {{model: x, sampling: {section}}}}}")
 
 
@@ -603,7 +603,7 @@ def test_a_mistake_in_sampling_is_named(
 
 @pytest.fixture
 def load_given(tmp_path: Path) -> Callable[..., ServerConfig]:
-    """Loads a file with a drain timeout of 10 s, with variables and flags."""
+    """Load a file with a drain timeout of 10 s, with variables and flags."""
     path = tmp_path / "models.yaml"
     path.write_text("models: {a: {model: x}, b: {model: y}}\nswitching: {drain_timeout: 10}")
 
@@ -617,7 +617,7 @@ def load_given(tmp_path: Path) -> Callable[..., ServerConfig]:
 def test_a_flag_counts_more_than_a_variable_and_that_more_than_the_file(
     load_given: Callable[..., ServerConfig],
 ) -> None:
-    """Every setting of the server has all three; an empty variable is none."""
+    """Every setting of the server has all three; an empty variable counts as unset."""
     variables = {"VLLM_HOTSWAP_SWITCHING_DRAIN_TIMEOUT": "20", "VLLM_HOTSWAP_DEFAULT_MODEL": "b"}
     file = load_given({"VLLM_HOTSWAP_SWITCHING_DRAIN_TIMEOUT": ""})
     variable = load_given(variables)
@@ -629,7 +629,7 @@ def test_a_flag_counts_more_than_a_variable_and_that_more_than_the_file(
 
 
 def test_sizes_may_be_given_as_flags(load_given: Callable[..., ServerConfig]) -> None:
-    """As in the file."""
+    """Sizes as flags have the same form as in the file."""
     config = load_given({"VLLM_HOTSWAP_MEMORY_HOST": "25%"}, memory_device="20GiB")
 
     assert MemoryBudget(20 << 30, 0.25) == config.memory
@@ -653,7 +653,7 @@ def test_a_mistake_is_named_where_it_was_made(
     flags: dict[str, str],
     expected: str,
 ) -> None:
-    """By its flag or its variable, not by the key in the file."""
+    """A mistake is reported by its flag or variable, not by the key in the file."""
     with pytest.raises(ConfigError) as caught:
         load_given(variables, **flags)
 
@@ -663,7 +663,7 @@ def test_a_mistake_is_named_where_it_was_made(
 def test_secrets_of_the_environment_are_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mistake in a value shows the reference in its place."""
+    """A message shows a reference to the environment instead of its value."""
     monkeypatch.setenv("CANARY", "canary-secret")
     path = tmp_path / "models.yaml"
     path.write_text("models: {a: {model: x, load: '${CANARY}'}}")
@@ -678,7 +678,7 @@ def test_secrets_of_the_environment_are_not_shown(
 
 
 def test_dashes_and_underscores_are_the_same_key(load: Load) -> None:
-    """So a model's own replaces the one of `defaults`, however each is written."""
+    """A model's own key replaces the one of `defaults`, however each is written."""
     model = load(
         "defaults: {max-model-len: 64}\nmodels: {a: {model: x, max_model_len: 32}}"
     ).models[0]
@@ -688,7 +688,7 @@ def test_dashes_and_underscores_are_the_same_key(load: Load) -> None:
 
 
 def test_a_merged_mapping_may_be_merged_again(load: Load) -> None:
-    """What `<<` adds replaces nothing and is no key given twice."""
+    """Keys that `<<` adds replace nothing, and do not count as given twice."""
     config = load(
         "models:\n  a: &a {model: x, seed: 1}\n  b: &b {<<: *a, seed: 2}\n  c: {<<: *b, seed: 3}\n"
     )
@@ -699,7 +699,7 @@ def test_a_merged_mapping_may_be_merged_again(load: Load) -> None:
 @pytest.mark.parametrize("name", ["~nobody-has-this-name/x", "a" * 300, '"a\\0b"'])
 @pytest.mark.parametrize("key", ["quant_config", "model"])
 def test_what_can_be_no_path_is_named(refusal: Callable[[str], str], key: str, name: str) -> None:
-    """In every key that is one."""
+    """An impossible path is reported for every key whose value is a path."""
     keys = {"model": "x", key: name}
     message = refusal(f"models: {{a: {{{', '.join(f'{k}: {v}' for k, v in keys.items())}}}}}")
 
@@ -708,7 +708,7 @@ def test_what_can_be_no_path_is_named(refusal: Callable[[str], str], key: str, n
 
 
 def test_a_folder_of_adapters_that_can_be_no_path_is_named(load: Load) -> None:
-    """When it is asked for."""
+    """An impossible path of an adapter folder is reported when it is used."""
     config = load("models: {a: {model: x}}\nadapters: {folders: [~nobody-has-this-name/x]}")
 
     with pytest.raises(ConfigError, match=r"adapters\.folders: .* is not a valid path"):
@@ -716,13 +716,13 @@ def test_a_folder_of_adapters_that_can_be_no_path_is_named(load: Load) -> None:
 
 
 def test_an_empty_flag_counts(load_given: Callable[..., ServerConfig]) -> None:
-    """It replaces what the file says; an empty variable does not."""
+    """An empty flag replaces the file's value; an empty variable does not."""
     with pytest.raises(ConfigError, match="--switching-max-wait is None"):
         load_given({}, switching_max_wait="")
 
 
 def test_a_long_value_is_not_repeated(refusal: Callable[[str], str]) -> None:
-    """Whatever is in it."""
+    """A message leaves out a long value, whatever it contains."""
     message = refusal("models: " + "x" * 200)
 
     assert message.endswith("models must be a mapping of alias to settings, not str")
@@ -732,7 +732,7 @@ def test_a_long_value_is_not_repeated(refusal: Callable[[str], str]) -> None:
 
 
 def test_all_mistakes_are_told_in_the_order_of_the_file(refusal: Callable[[str], str]) -> None:
-    """One line each: file, line, place, what is wrong and what to do."""
+    """Each mistake has one line: file, line, place, what is wrong and what to do."""
     text = """\
 switchin: {}
 default_model: d
@@ -783,7 +783,7 @@ rights:
 
 
 def test_a_mistake_in_defaults_is_told_once(refusal: Callable[[str], str]) -> None:
-    """However many models get it, with the line in `defaults`."""
+    """However many models get it, the message has one line, the line in `defaults`."""
     message = refusal("defaults:\n  load: later\nmodels: {a: {model: x}, b: {model: y}}")
 
     assert message.endswith(
@@ -793,14 +793,14 @@ def test_a_mistake_in_defaults_is_told_once(refusal: Callable[[str], str]) -> No
 
 
 def test_a_key_with_dashes_has_its_line(refusal: Callable[[str], str]) -> None:
-    """As with underscores."""
+    """A key with dashes has its line, as one with underscores has."""
     assert "models.yaml:4: models.a.idle_sleep is -1" in refusal(
         "models:\n  a:\n    model: x\n    idle-sleep: -1"
     )
 
 
 def test_variables_that_are_not_set_are_told_with_everything_else(load: Load) -> None:
-    """All of them; what follows from one is no mistake of its own."""
+    """Unset variables are all reported; a consequence of one is not a separate mistake."""
     with pytest.raises(ConfigError) as caught:
         load(
             "models:\n"
@@ -817,7 +817,7 @@ def test_variables_that_are_not_set_are_told_with_everything_else(load: Load) ->
 
 
 def test_what_can_be_read_is_there_beside_the_mistakes(tmp_path: Path) -> None:
-    """For those who look further: models that are good, and settings of those that are not."""
+    """Further checks get the good models, and the settings of the bad ones."""
     path = tmp_path / "models.yaml"
     path.write_text("models: {a: {model: ./gone, seed: 1}, b: {model: x}, c: 3}")
 
@@ -831,7 +831,7 @@ def test_what_can_be_read_is_there_beside_the_mistakes(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_not_indented_are_told_what_to_do(refusal: Callable[[str], str]) -> None:
-    """They stand beside the model that they belong to."""
+    """A model's keys that stand beside it are reported with the advice to indent them."""
     message = refusal("models:\n  gemma:\n  model: ./gemma\n  seed: 1\n  other: {model: x}")
 
     assert message.endswith(
@@ -845,7 +845,7 @@ def test_keys_that_are_not_indented_are_told_what_to_do(refusal: Callable[[str],
     ["org/model:tag", "模型", "two words", "...", ".hidden", "./models/a", "é" * 256, "👩\u200d💻"],
 )
 def test_a_name_may_be_nearly_any_text(load: Load, name: str) -> None:
-    """As an alias, a further name, and the name of a group."""
+    """An alias, an additional name, and the name of a group may be nearly any text."""
     alias, further = (json.dumps(one, ensure_ascii=False) for one in (name, "b" + name[1:]))
 
     config = load(
@@ -880,7 +880,7 @@ def test_a_name_may_be_nearly_any_text(load: Load, name: str) -> None:
 def test_a_name_that_no_command_or_log_could_show_is_refused(
     refusal: Callable[[str], str], text: str, name: str, reason: str
 ) -> None:
-    """On one line that is safe to print: of an alias, a further name, and a group."""
+    """A name that is not safe to print on one line is refused, for models and groups."""
     message = refusal(text.format(json.dumps(name)))
 
     assert "models.yaml:2: " in message
@@ -890,7 +890,7 @@ def test_a_name_that_no_command_or_log_could_show_is_refused(
 
 
 def test_half_a_character_is_no_alias(refusal: Callable[[str], str]) -> None:
-    """No client could send it."""
+    """No client could send half of a surrogate pair."""
     message = refusal('models: {"a\\ud800": {model: x}}')
 
     assert "the alias 'a\\ud800' cannot be used: U+D800 in it is half of a character" in message
@@ -903,7 +903,7 @@ def test_half_a_character_is_no_alias(refusal: Callable[[str], str]) -> None:
 def test_an_alias_that_is_no_text_is_named_as_it_was_written(
     refusal: Callable[[str], str], alias: str
 ) -> None:
-    """With what YAML makes of it."""
+    """An alias that is not text is named as written, with the value that YAML makes of it."""
     message = refusal(f"models:\n  {alias}: {{model: x}}")
 
     assert f"models.yaml:2: models.{alias}: YAML reads this alias as " in message
@@ -931,12 +931,12 @@ def test_an_alias_that_is_no_text_is_named_as_it_was_written(
 def test_a_value_that_yaml_changes_is_named_as_it_was_written(
     refusal: Callable[[str], str], text: str, expected: str
 ) -> None:
-    """And is never taken for what it may not be meant for."""
+    """A value that YAML changes is named as written, and never interpreted in another sense."""
     assert f"models.a.{expected}" in refusal(f"models: {{a: {{model: x, {text}}}}}")
 
 
 def test_yes_and_no_are_switches(load: Load) -> None:
-    """Where nothing but true and false can be meant; `1e1` is a number, as in JSON."""
+    """`yes` and `no` are booleans where only these can be meant; `1e1` is a number, as in JSON."""
     config = load(
         "models: {a: {model: x, pinned: yes, weight: 1e1}}\nswitching: {verify: off, predict: NO}"
     )
@@ -947,7 +947,7 @@ def test_yes_and_no_are_switches(load: Load) -> None:
 
 @pytest.mark.parametrize("word", ["yes", "no", "on", "OFF"])
 def test_drop_unsupported_is_a_switch(load: Load, word: str) -> None:
-    """As every other one, though any value may stand for a parameter beside it."""
+    """`drop_unsupported` is read like every other switch, although a parameter may be anything."""
     (model,) = load(f"models: {{a: {{model: x, sampling: {{drop_unsupported: {word}}}}}}}").models
 
     assert (word in ("yes", "on")) is model.sampling.drop_unsupported
@@ -965,7 +965,7 @@ def test_drop_unsupported_is_a_switch(load: Load, word: str) -> None:
 def test_a_switch_beside_a_mistake_is_none(
     refusal: Callable[[str], str], keys: str, expected: str
 ) -> None:
-    """Only the mistake is named."""
+    """A switch with a mistake is not read as one; only the mistake is reported."""
     message = refusal(f"models: {{a: {{model: org/x, {keys}}}}}")
 
     assert expected in message
@@ -973,7 +973,7 @@ def test_a_switch_beside_a_mistake_is_none(
 
 
 def test_a_flag_is_read_as_the_file_is(load_given: Callable[..., ServerConfig]) -> None:
-    """Octal numbers and the like are refused by its name."""
+    """A flag refuses octal numbers and the like, as the file does, with the flag's name."""
     with pytest.raises(ConfigError) as caught:
         load_given({}, switching_max_wait="0512")
 
@@ -989,7 +989,7 @@ def test_a_flag_is_read_as_the_file_is(load_given: Callable[..., ServerConfig]) 
 def test_a_gguf_file_of_the_hubs_cache_is_taken_by_its_own_name(
     load: Load, tmp_path: Path, how: str
 ) -> None:
-    """It is a link to a file without a suffix."""
+    """A GGUF file in the hub's cache is named by its link: the target has no suffix."""
     folder = tmp_path / "snapshots" / "abc"
     folder.mkdir(parents=True)
     (tmp_path / "blobs").mkdir()
@@ -1003,7 +1003,7 @@ def test_a_gguf_file_of_the_hubs_cache_is_taken_by_its_own_name(
 
 
 def test_a_link_to_a_folder_stays_what_it_is_called(load: Load, tmp_path: Path) -> None:
-    """What it points at may change before the next start."""
+    """A link to a folder keeps its name: its target may change before the next start."""
     (tmp_path / "current").symlink_to("tiny")
 
     model = load("models: {a: {model: current}}").models[0]
@@ -1012,7 +1012,7 @@ def test_a_link_to_a_folder_stays_what_it_is_called(load: Load, tmp_path: Path) 
 
 
 def test_files_are_named_by_their_links(load: Load, tmp_path: Path) -> None:
-    """Those of quantisation and of keys; what reads them may look at their suffix or neighbours."""
+    """Files of quantisation and of keys keep a link's name: their readers may need its suffix."""
     (tmp_path / "blob").write_text("{}")
     for name in ("quant.json", "keys.txt"):
         (tmp_path / name).symlink_to("blob")
@@ -1031,7 +1031,7 @@ ONE = "models: {llama: {model: org/a, aliases: [big]}, qwen: {model: org/b}}\n"
 
 
 def test_groups_have_keys_and_rights(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Aliases in every form, keys from the environment as they are, a file beside the YAML file."""
+    """Groups may have models by any name, keys as text, and key files beside the YAML file."""
     monkeypatch.setenv("TEAM_KEY", "00123")
     config = load(
         ONE + "rights:\n"
@@ -1049,7 +1049,7 @@ def test_groups_have_keys_and_rights(load: Load, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("section", ["", "rights:", "rights: {}"])
 def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
-    """Everybody's requests may cause every switch then."""
+    """Without rights every caller's requests may trigger every switch."""
     assert () == load(ONE + section).rights
 
 
@@ -1089,7 +1089,7 @@ def test_without_rights_there_are_no_groups(load: Load, section: str) -> None:
 def test_rights_that_cannot_work_are_refused_by_place(
     refusal: Callable[[str], str], section: str, message: str
 ) -> None:
-    """And without showing a key."""
+    """Rights that cannot work are refused with their place, and no key is shown."""
     told = refusal(ONE + f"rights: {section}")
 
     assert message in told
@@ -1099,7 +1099,7 @@ def test_rights_that_cannot_work_are_refused_by_place(
 def test_key_that_came_from_the_environment_is_not_shown(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by a configuration that is printed."""
+    """A printed configuration does not show it either."""
     monkeypatch.setenv("TEAM_KEY", "sk-secret")
     config = load(ONE + "rights: {team: {keys: ['${TEAM_KEY}']}}")
 

@@ -1,4 +1,4 @@
-"""Connections and heads: what is beyond a bound is refused, told in the form of every error."""
+"""Connections and request heads: excess is refused, with an error in the usual form."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def chunked(path: bytes = b"/v1/models/switch", *fields: bytes) -> bytes:
 async def test_a_head_beyond_a_bound_is_refused(
     server: Server, sent: bytes, expected: tuple[int, str]
 ) -> None:
-    """Whether or not it is whole; in OpenAI's object, and the connection ends."""
+    """A too large head, whole or not, gets OpenAI's error object, and the connection closes."""
     async with listening(server, SMALL) as port:
         told, rest = await exchange(port, sent)
 
@@ -78,7 +78,7 @@ async def test_a_head_beyond_a_bound_is_refused(
 
 
 async def test_a_head_within_its_bounds_is_answered_in_any_pieces(server: Server) -> None:
-    """One byte at a time, too, and with the next request behind it."""
+    """A head within its bounds may come byte by byte, with the next request behind it."""
     request = HEAD + b"a: " + b"b" * 300 + b"\r\n\r\n"
     async with listening(server, SMALL) as port:
         client = await Raw.connect(port)
@@ -92,7 +92,7 @@ async def test_a_head_within_its_bounds_is_answered_in_any_pieces(server: Server
 
 
 async def test_how_a_head_is_cut_does_not_matter(server: Server) -> None:
-    """The answer is the same for one piece and for many, and it is what the bounds say."""
+    """One piece and many pieces get the same answer, the one that the bounds require."""
     chance = random.Random(15)  # noqa: S311
     async with listening(server, SMALL) as port:
         for _ in range(examples(40)):
@@ -110,7 +110,7 @@ async def test_how_a_head_is_cut_does_not_matter(server: Server) -> None:
 
 
 def cut(data: bytes, chance: random.Random) -> list[bytes]:
-    """Into at most six pieces, somewhere."""
+    """Split into at most six pieces, at random places."""
     places = sorted(chance.sample(range(1, len(data)), 5))
     return [data[a:b] for a, b in itertools.pairwise([0, *places, len(data)])]
 
@@ -124,7 +124,7 @@ async def status_of(port: int, pieces: list[bytes]) -> int:
 
 
 async def test_vllms_flags_for_heads_count_where_they_are_smaller(server: Server) -> None:
-    """`--h11-max-*` name the same bounds."""
+    """`--h11-max-*` set the same bounds as ours, and the smaller ones count."""
     small = {"h11_max_incomplete_event_size": 500, "h11_max_header_count": 5}
     async with listening(server, **small) as port:
         long, _ = await exchange(port, HEAD + b"a: " + b"b" * 600 + b"\r\n\r\n")
@@ -138,7 +138,7 @@ async def test_vllms_flags_for_heads_count_where_they_are_smaller(server: Server
 async def test_a_head_in_many_pieces_is_parsed_once(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parser copies what it has of a field for every piece of it: it gets few."""
+    """A head in many pieces is given to the parser in few, as each copies the field so far."""
     seen: list[int] = []
 
     def counting(self: connections.Connection, shared: object, *rest: object) -> None:
@@ -170,7 +170,7 @@ async def test_a_head_in_many_pieces_is_parsed_once(
 
 
 async def test_what_follows_a_refused_head_is_not_read(server: Server) -> None:
-    """However much it is, one answer comes back, and the connection ends."""
+    """Whatever follows a refused head, one answer comes back, and the connection closes."""
     async with listening(server, SMALL) as port:
         told, rest = await exchange(port, b"GET /" + b"x" * (1 << 22), HEAD + b"\r\n")
 
@@ -179,7 +179,7 @@ async def test_what_follows_a_refused_head_is_not_read(server: Server) -> None:
 
 
 async def test_requests_ahead_of_a_bad_one_are_answered(server: Server) -> None:
-    """The error of a later head is no answer to an earlier request."""
+    """A later head's error does not replace the answers to requests before it."""
     async with listening(server, SMALL) as port:
         for bad in (b"nonsense\r\n\r\n", b"GET http://[::1 HTTP/1.1\r\n\r\n", b"G" * 9):
             client = await Raw.connect(port)
@@ -193,7 +193,7 @@ async def test_requests_ahead_of_a_bad_one_are_answered(server: Server) -> None:
 
 
 async def test_requests_that_are_sent_at_once_are_answered_up_to_a_number(server: Server) -> None:
-    """Then the connection ends: nothing of them is held without a bound."""
+    """Pipelined requests are answered up to a number; beyond it the connection closes."""
     async with listening(server) as port:
         client = await Raw.connect(port)
         await client.send((HEAD + b"\r\n") * 5000)
@@ -211,7 +211,7 @@ async def test_requests_that_are_sent_at_once_are_answered_up_to_a_number(server
 async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
     fields: bytes, together: int
 ) -> None:
-    """Text and number of fields count; then the connection ends."""
+    """Pipelined heads count together, text and fields; beyond the bound the connection closes."""
     goes_on = asyncio.Event()
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -224,7 +224,7 @@ async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
         await client.send(request * (together + 2))
         connection = await connection_of(at)
         while not connection._deaf:
-            connection.flow.resume_reading()  # as whenever the application listens
+            connection.flow.resume_reading()  # as whenever the application reads
             await asyncio.sleep(0.001)
         goes_on.set()
         rest = await client.rest()
@@ -234,7 +234,7 @@ async def test_heads_that_are_sent_at_once_hold_no_more_than_one_may(
 
 
 async def test_a_request_knows_nothing_of_the_one_before() -> None:
-    """Whether it was waiting already, or is read after the one before had reading go on."""
+    """A request never sees its predecessor's context, whether it waited or is read later."""
     found: list[str | None] = []
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -262,7 +262,7 @@ async def test_a_request_knows_nothing_of_the_one_before() -> None:
 
 
 async def connection_of(at: Listening) -> connections.Connection:
-    """The one that there is, as soon as there is one."""
+    """Return the only connection, as soon as it exists."""
     while not at.state.connections:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     (connection,) = at.state.connections
@@ -271,7 +271,7 @@ async def connection_of(at: Listening) -> connections.Connection:
 
 
 async def test_bodies_that_wait_are_bounded() -> None:
-    """What is too large is dropped; those before it are answered, then the connection is closed."""
+    """A body that is too large is dropped; after the earlier answers the connection closes."""
     goes_on = asyncio.Event()
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -297,7 +297,7 @@ async def test_bodies_that_wait_are_bounded() -> None:
 
 
 def unread(connection: connections.Connection) -> int:
-    """Bytes that have arrived, and that the server has not taken yet."""
+    """Return the number of bytes that have arrived and that the server has not read yet."""
     found = array.array("i", [0])
     fcntl.ioctl(connection.transport.get_extra_info("socket").fileno(), termios.FIONREAD, found)
     return found[0]
@@ -315,7 +315,7 @@ def unread(connection: connections.Connection) -> int:
     ids=["one", "too-many", "too-large", "unfinished", "none"],
 )
 async def test_a_client_that_goes_is_noticed_whatever_it_has_sent_ahead(ahead: bytes) -> None:
-    """Else its request would be worked on to its end."""
+    """A client's departure is noticed, whatever it has sent ahead; its request stops then."""
     begun, told = asyncio.Event(), asyncio.Queue[str]()
 
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
@@ -341,7 +341,7 @@ async def test_a_client_that_goes_is_noticed_whatever_it_has_sent_ahead(ahead: b
 
 @pytest.mark.parametrize("together", [True, False])
 async def test_trailers_never_become_headers(make_server: MakeServer, together: bool) -> None:
-    """An admin's key at the end of a body lets nobody in."""
+    """An admin key at the end of a body authorises nothing."""
     server = await make_server(access=Access(admin_keys=["the-key"]))
     body = b'{"model": "qwen"}'
     end = b"%x\r\n%s\r\n0\r\n%s\r\n\r\n" % (len(body), body, ADMIN.encode())
@@ -370,7 +370,7 @@ async def test_trailers_never_become_headers(make_server: MakeServer, together: 
     ],
 )
 async def test_trailers_and_extensions_of_chunks_are_bounded(server: Server, end: bytes) -> None:
-    """Whole or not."""
+    """Trailers and chunk extensions are bounded, whether or not they are whole."""
     async with listening(server) as port:
         client = await Raw.connect(port)
         pieces = [end[n : n + 3000] for n in range(0, len(end), 3000)]
@@ -388,7 +388,7 @@ WANTS_MORE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Sett
 
 @pytest.mark.parametrize("pieces", [1, 2])
 async def test_a_body_is_never_taken_for_a_request(server: Server, pieces: int) -> None:
-    """Of a request that asks for another protocol, after which the parser would look for one."""
+    """After a request to upgrade, the parser would look for the other protocol in the body."""
     hidden = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
     head = b"POST /seen HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(hidden)
     sent = [head + WANTS_MORE + b"\r\n", hidden]
@@ -399,7 +399,7 @@ async def test_a_body_is_never_taken_for_a_request(server: Server, pieces: int) 
 
 
 async def test_a_request_behind_one_for_another_protocol_is_answered(server: Server) -> None:
-    """All in HTTP/1.1, also where they come in one piece."""
+    """A request behind one for another protocol is answered in HTTP/1.1, even in one piece."""
     one = b"GET /ping HTTP/1.1\r\nHost: x\r\n"
     async with listening(server) as port:
         told, rest = await exchange(
@@ -411,7 +411,7 @@ async def test_a_request_behind_one_for_another_protocol_is_answered(server: Ser
 
 
 async def test_a_broken_body_is_told_in_the_form_of_every_error(server: Server) -> None:
-    """Not as plain text."""
+    """A broken body gets an error in the usual form, not as plain text."""
     async with listening(server) as port:
         told, rest = await exchange(port, chunked(), b"zz\r\n")
 
@@ -423,7 +423,7 @@ async def test_a_broken_body_is_told_in_the_form_of_every_error(server: Server) 
 
 
 async def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
-    """Without an answer: nothing was asked."""
+    """A silent connection is closed without an answer, because nothing was requested."""
     async with listening(server, LimitsConfig(head_timeout=0.2)) as port:
         client = await Raw.connect(port)
         rest = await client.rest()
@@ -434,7 +434,7 @@ async def test_a_connection_that_says_nothing_is_closed(server: Server) -> None:
 
 @pytest.mark.parametrize("before", [b"", HEAD + b"\r\n"])
 async def test_a_head_has_to_arrive_in_time(server: Server, before: bytes) -> None:
-    """However steadily it comes, and whichever of its connection it is."""
+    """A head's time is limited, however steadily it comes, on a new connection or a used one."""
     async with listening(server, LimitsConfig(head_timeout=0.3)) as port:
         client = await Raw.connect(port)
         if before:
@@ -461,7 +461,7 @@ async def test_a_head_has_to_arrive_in_time(server: Server, before: bytes) -> No
 async def test_a_head_that_came_too_early_has_its_time_after_the_answer(
     make_server: MakeServer,
 ) -> None:
-    """What is under way is not disturbed by the beginning of the next request."""
+    """An early start of the next head does not disturb the request under way."""
     server = await make_server(settings={"llama": FakeSettings(token_s=0.1)})
     body = json.dumps({"model": "llama", "max_tokens": 8}).encode()
     ask = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -480,7 +480,7 @@ async def test_a_head_that_came_too_early_has_its_time_after_the_answer(
 async def test_an_idle_connection_is_closed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the time that `VLLM_HTTP_TIMEOUT_KEEP_ALIVE` gives, also after an early answer."""
+    """An idle connection is closed after `VLLM_HTTP_TIMEOUT_KEEP_ALIVE`, early answers included."""
     monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "1")
     early = b"POST /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n"
     async with listening(server) as port:
@@ -499,7 +499,7 @@ async def test_an_idle_connection_is_closed(
 async def test_a_body_that_goes_on_after_its_answer_is_cut(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that was told 401 has some time to send the rest, and no more."""
+    """A client that got 401 has limited time to send the rest."""
     monkeypatch.setattr(connections, "REST_S", 0.3)
     server = await make_server(access=Access(["a-key"]))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n"
@@ -523,7 +523,7 @@ async def test_a_body_that_goes_on_after_its_answer_is_cut(
 
 
 async def test_the_rest_of_a_body_may_come_in_time(make_server: MakeServer) -> None:
-    """The connection can be used again then."""
+    """If the rest of a body comes in time, the connection can be used again."""
     server = await make_server(access=Access(["a-key"]))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n"
     async with listening(server) as port:
@@ -538,7 +538,7 @@ async def test_the_rest_of_a_body_may_come_in_time(make_server: MakeServer) -> N
 
 
 async def test_a_client_that_takes_no_answer_is_let_go(server: Server) -> None:
-    """Also one whose requests belong to no model, and which no drain would end."""
+    """A client that does not read is disconnected, even with no model and so no drain involved."""
     asked = b"GET /admin/openapi.json HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
     async with listening_with(server, LimitsConfig(client_timeout=0.1)) as at:
         with RawClient(at.port, receive_bytes=1024) as client:
@@ -551,7 +551,7 @@ async def test_a_client_that_takes_no_answer_is_let_go(server: Server) -> None:
 
 
 def stuck(state: ServerState) -> bool:
-    """Whether the one connection has more to send than it can."""
+    """Whether the one connection has more to send than it can at present."""
     (connection,) = state.connections
     return bool(connection.flow.write_paused)  # type: ignore[union-attr]
 
@@ -560,9 +560,9 @@ MIB = 1 << 20
 
 
 async def sized(scope: Scope, _: Receive, send: Send) -> None:
-    """An application whose answers have as many MiB as their path says, in one go.
+    """Answer with as many MiB as the path says, in one piece.
 
-    With `?last` behind it, the connection ends with the answer.
+    With `?last` in the URL, the connection is closed after the answer.
     """
     body = bytes(int(scope["path"][1:]) * MIB)
     fields = [(b"content-length", b"%d" % len(body))]
@@ -573,7 +573,7 @@ async def sized(scope: Scope, _: Receive, send: Send) -> None:
 
 
 async def large(reader: asyncio.StreamReader, step_s: float = 0) -> int:
-    """Read an answer, in pieces with a pause behind each; the bytes of its body."""
+    """Read an answer in pieces, with a pause after each, and return the length of its body."""
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     size = missing = int(head.partition(b"content-length: ")[2].split()[0])
     while missing:
@@ -585,7 +585,7 @@ async def large(reader: asyncio.StreamReader, step_s: float = 0) -> int:
 
 
 async def test_a_client_that_has_taken_an_answer_has_all_its_time_for_the_next() -> None:
-    """What was not sent yet in the middle of one answer says nothing about another."""
+    """A client's time for an answer is not reduced by data left unsent in the one before."""
     async with listening_to(sized, LimitsConfig(client_timeout=0.3)) as at:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
         writer.write(b"GET /12 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -598,7 +598,7 @@ async def test_a_client_that_has_taken_an_answer_has_all_its_time_for_the_next()
 
 
 async def test_a_client_that_stops_behind_its_last_answer_is_let_go() -> None:
-    """However much it took before: the server closes, and it takes in no more."""
+    """A client that stops reading its last answer is disconnected, whatever it read before."""
     async with listening_to(sized, LimitsConfig(client_timeout=0.2)) as at:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port)
         writer.write(b"GET /0 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -619,7 +619,7 @@ async def test_a_client_that_stops_behind_its_last_answer_is_let_go() -> None:
 
 
 async def test_a_client_that_stops_in_an_answer_that_broke_is_let_go() -> None:
-    """Also where all of it that there is was sent without waiting for the client."""
+    """A client that stops reading a broken answer is disconnected, even if all of it was sent."""
 
     async def breaks(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == "/0":
@@ -643,7 +643,7 @@ async def test_a_client_that_stops_in_an_answer_that_broke_is_let_go() -> None:
 
 
 async def test_a_late_head_adds_nothing_to_a_last_answer() -> None:
-    """The client was told that the connection ends; what is left of the answer is all it gets."""
+    """A late head gets no answer behind a last one, which told the client of the close."""
     async with listening_to(sized, LimitsConfig(head_timeout=0.2)) as at:
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port, limit=64 << 10)
         writer.write(b"GET /64?last HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /he")
@@ -663,7 +663,7 @@ async def test_a_late_head_adds_nothing_to_a_last_answer() -> None:
 async def test_a_deadline_that_fails_costs_no_other_connection_its_own(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those that end with it, and those that end later."""
+    """A failing deadline of one connection costs others neither simultaneous nor later ones."""
     failed: list[connections.Connection] = []
 
     def late(self: connections.Connection) -> None:
@@ -705,7 +705,7 @@ UPGRADE = (
     ids=["length", "chunked", "long", "many"],
 )
 async def test_a_websocket_that_cannot_begin_is_refused(server: Server, fields: str) -> None:
-    """At once, and its place is free again: nobody would have told it anything."""
+    """A WebSocket that cannot start is refused at once, and its place is free again."""
     async with listening(server) as port:
         told, _ = await exchange(port, f"{UPGRADE}{fields}\r\n".encode())
 
@@ -713,7 +713,7 @@ async def test_a_websocket_that_cannot_begin_is_refused(server: Server, fields: 
 
 
 async def test_a_websocket_outlives_the_deadlines_of_heads(make_server: MakeServer) -> None:
-    """And its place is free when it ends."""
+    """A WebSocket outlives the deadlines of heads, and its place is free when it closes."""
     speech = FakeSettings(tasks=("realtime",))
     server = await make_server(settings={"llama": speech})
     limits = LimitsConfig(head_timeout=0.1, connections=1)
@@ -734,7 +734,7 @@ async def test_a_websocket_outlives_the_deadlines_of_heads(make_server: MakeServ
 
 
 async def test_a_client_that_waits_for_100_is_told_to_go_on(server: Server) -> None:
-    """Before it sends its body."""
+    """A client that waits for 100 gets it before it sends its body."""
     body = b'{"model": "qwen"}'
     head = chunked(b"/v1/models/switch", b"Expect: 100-Continue")
     async with listening(server) as port:
@@ -749,7 +749,7 @@ async def test_a_client_that_waits_for_100_is_told_to_go_on(server: Server) -> N
 
 
 async def test_a_body_of_many_small_chunks_is_refused(server: Server) -> None:
-    """Each costs what many bytes do."""
+    """Many small chunks are refused, because each costs as much as many bytes."""
     async with listening(server) as port:
         told, rest = await exchange(
             port, chunked(b"/v1/completions"), b"1\r\nx\r\n" * 2 * connections.FREE_CHUNKS
@@ -759,7 +759,7 @@ async def test_a_body_of_many_small_chunks_is_refused(server: Server) -> None:
 
 
 async def test_a_body_of_chunks_that_are_not_small_is_read(server: Server) -> None:
-    """However many there are. A few small ones are among any."""
+    """A body may have any number of chunks that are not small, and a few small ones."""
     content = json.dumps({"model": "llama", "prompt": "x" * 400_000}).encode()
     pieces = [
         content[at : at + connections.CHUNK_BYTES]

@@ -1,4 +1,4 @@
-"""The switching rules, at the coordinator: who is admitted, held, refused; what a switch does."""
+"""The coordinator's rules: which requests are admitted, held or refused; what a switch does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PHASES = ["validate", "drain", "make_room", "bring_up", "activate", "verify"]
 
 
 class Holder:
-    """A request that holds its lease until it is told to let go, and leaves when it is cut."""
+    """A request that holds its lease until it is released, and leaves when it is cut."""
 
     def __init__(self, server: Server, alias: str | None) -> None:
         self.lease: Lease | None = None
@@ -73,7 +73,7 @@ async def begin_switch(
 
 
 async def test_start_activates_the_default_and_parks_the_others(server: Server) -> None:
-    """Whatever is loaded at start-up is parked, but for the default; the rest is cold."""
+    """Models loaded at start-up are parked, except the default; the rest is cold."""
     assert "llama" == server.coordinator.active
     assert ["active", "parked", "cold"] == [
         server.residency(alias) for alias in ("llama", "qwen", "mistral")
@@ -82,7 +82,7 @@ async def test_start_activates_the_default_and_parks_the_others(server: Server) 
 
 
 async def test_start_reports_every_stage_of_every_load(server: Server) -> None:
-    """Each load tells its stages in order and ends with `ready`."""
+    """Each load reports its stages in order and ends with `ready`."""
     stages = [e.stage for e in server.events.of(LoadProgress) if e.model == "qwen"]
 
     assert ["weights", "kv_cache", "warm_up", "frontend", "ready"] == stages
@@ -90,7 +90,7 @@ async def test_start_reports_every_stage_of_every_load(server: Server) -> None:
 
 @pytest.mark.parametrize("alias", ["llama", "qwen"])
 async def test_start_fails_if_a_model_cannot_be_loaded(alias: str) -> None:
-    """A server that was told to load a model does not start without it."""
+    """A server does not start without a model that it has to load."""
     server = Server()
     server.host.fail_next("load", alias, HotswapError("out of memory"))
 
@@ -102,7 +102,7 @@ async def test_start_fails_if_a_model_cannot_be_loaded(alias: str) -> None:
 
 
 async def test_start_validates_everything_before_it_loads_anything() -> None:
-    """A missing file is found before minutes are spent."""
+    """A missing file is found before minutes are spent on loading."""
     server = Server()
     server.host.engines["qwen"].missing_files = True
 
@@ -118,7 +118,7 @@ async def test_start_validates_everything_before_it_loads_anything() -> None:
 
 @pytest.mark.parametrize("alias", ["llama", None])
 async def test_request_for_the_active_model_is_admitted(server: Server, alias: str | None) -> None:
-    """Named or not, the active model is leased at once, in the current epoch."""
+    """A request for the active model, named or not, is leased at once in the current epoch."""
     async with server.coordinator.lease(alias) as lease:
         assert ("llama", 1) == (lease.alias, lease.epoch)
         assert 1 == server.in_flight["llama"]
@@ -137,14 +137,14 @@ async def test_request_for_the_active_model_is_admitted(server: Server, alias: s
 async def test_request_for_another_model_is_refused(
     server: Server, alias: str, error: type[HotswapError], message: str
 ) -> None:
-    """Whatever is not active is refused at once, loaded or not."""
+    """A request for another model is refused at once, whether or not that is loaded."""
     with pytest.raises(error, match=message):
         async with server.coordinator.lease(alias):
             pass
 
 
 async def test_request_for_a_third_model_is_refused_during_a_switch(server: Server) -> None:
-    """Only requests for the target are held."""
+    """During a switch, only requests for the target are held; others are refused."""
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
 
@@ -157,7 +157,7 @@ async def test_request_for_a_third_model_is_refused_during_a_switch(server: Serv
 
 
 async def test_source_is_refused_from_drain_to_the_end(server: Server) -> None:
-    """From the first moment of the drain until the target is active, nothing more comes in."""
+    """During a switch no request of the source is admitted, from drain to activation."""
     server.host.hold("activate", "qwen")
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
@@ -179,9 +179,9 @@ async def test_source_is_refused_from_drain_to_the_end(server: Server) -> None:
 
 
 async def test_source_is_admitted_until_the_target_is_validated(server: Server) -> None:
-    """A switch that has only been asked for refuses nobody."""
+    """A switch that has only been requested refuses no requests."""
     switch = asyncio.create_task(server.coordinator.switch("qwen"))
-    await asyncio.sleep(0)  # the call has been made, its task has not run
+    await asyncio.sleep(0)  # the switch was requested, but its task has not run
 
     async with server.coordinator.lease("llama") as lease:
         assert "llama" == lease.alias
@@ -190,7 +190,7 @@ async def test_source_is_admitted_until_the_target_is_validated(server: Server) 
 
 
 async def test_held_request_gets_the_new_epoch(server: Server) -> None:
-    """Requests for the target, and those that name no model, are served by the epoch to come."""
+    """Requests for the target, and those without a model, are served in the new epoch."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
     named, unnamed = await hold(server, "qwen"), await hold(server, None)
@@ -208,7 +208,7 @@ async def test_held_request_gets_the_new_epoch(server: Server) -> None:
 
 
 async def test_queue_has_an_end(make_server: MakeServer) -> None:
-    """More requests than `max_waiting` are refused with a time to retry."""
+    """Requests beyond `max_waiting` are refused with a time to retry."""
     server = await make_server(max_waiting=1)
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
@@ -225,7 +225,7 @@ async def test_queue_has_an_end(make_server: MakeServer) -> None:
 
 
 async def test_wait_has_an_end(make_server: MakeServer) -> None:
-    """A request that has waited for `wait_timeout` is told so and waits no more."""
+    """A request that has waited for `wait_timeout` gets an error and leaves the queue."""
     server = await make_server(wait_timeout=0, verify=False)
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
@@ -241,7 +241,7 @@ async def test_wait_has_an_end(make_server: MakeServer) -> None:
 
 
 async def test_lease_granted_as_the_time_runs_out_is_used(make_server: MakeServer) -> None:
-    """Admission and timeout in one turn of the loop: the request is served, no lease is lost."""
+    """If admission and timeout share a turn of the loop, the request is served, no lease lost."""
     server = await make_server(wait_timeout=0, verify=False)
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
@@ -255,7 +255,7 @@ async def test_lease_granted_as_the_time_runs_out_is_used(make_server: MakeServe
 
 
 async def test_lease_granted_as_the_client_leaves_is_given_back(server: Server) -> None:
-    """Admission and cancellation in one turn of the loop: no lease is lost."""
+    """If admission and cancellation share a turn of the loop, no lease is lost."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
     holder = await hold(server, "qwen")
@@ -271,7 +271,7 @@ async def test_lease_granted_as_the_client_leaves_is_given_back(server: Server) 
 async def test_request_that_leaves_as_the_switch_ends_gets_nothing(
     server: Server, fails: bool
 ) -> None:
-    """Cancellation and the end of the switch in one turn of the loop: nothing is granted."""
+    """If cancellation and the switch's end share a turn of the loop, no lease is granted."""
     failures = [HotswapError("out of memory")] * fails
     server.host.hold("activate", "qwen")
     _ = [server.host.fail_next("activate", "qwen", failure) for failure in failures]
@@ -287,7 +287,7 @@ async def test_request_that_leaves_as_the_switch_ends_gets_nothing(
 
 
 async def test_held_request_may_leave(server: Server) -> None:
-    """A client that leaves while it waits is forgotten."""
+    """A client that leaves while it waits is removed from the queue."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
     holder = await hold(server, "qwen")
@@ -305,7 +305,7 @@ async def test_held_request_may_leave(server: Server) -> None:
 
 
 async def test_switch_tells_its_story(server: Server) -> None:
-    """Every phase begins and ends in order; residencies change once; the end is told last."""
+    """Phases start and end in order; residencies change once; the end is reported last."""
     result = await server.coordinator.switch("qwen")
 
     phases = server.events.of(PhaseChanged)
@@ -328,7 +328,7 @@ async def test_switch_tells_its_story(server: Server) -> None:
 
 
 async def test_switch_result_says_what_happened(server: Server) -> None:
-    """Models, epoch, phases, and times that add up."""
+    """The result has models, epoch, phases, and times that add up."""
     result = await server.coordinator.switch("qwen")
 
     assert ("llama", "qwen", True, 2) == (
@@ -343,7 +343,7 @@ async def test_switch_result_says_what_happened(server: Server) -> None:
 
 
 async def test_switch_between_loaded_models_only_moves_the_pointer(server: Server) -> None:
-    """Nothing is loaded, nothing is rebuilt."""
+    """A switch between loaded models loads and rebuilds nothing."""
     await server.coordinator.switch("qwen")
     await server.coordinator.switch("llama")
 
@@ -351,7 +351,7 @@ async def test_switch_between_loaded_models_only_moves_the_pointer(server: Serve
 
 
 async def test_switch_to_the_active_model_does_nothing(server: Server) -> None:
-    """No operation, no event, no new epoch; the operation has an id all the same."""
+    """A switch to the active model has an id, but no operation, event or new epoch."""
     before = len(server.events.events)
 
     result = await server.coordinator.switch("llama")
@@ -367,7 +367,7 @@ async def test_switch_to_the_active_model_does_nothing(server: Server) -> None:
 
 
 async def test_every_activation_raises_the_epoch_by_one(server: Server) -> None:
-    """The epoch counts activations, whatever else happened."""
+    """The epoch counts activations and nothing else."""
     epochs = [
         (await server.coordinator.switch(alias)).epoch for alias in ("qwen", "mistral", "mistral")
     ]
@@ -376,7 +376,7 @@ async def test_every_activation_raises_the_epoch_by_one(server: Server) -> None:
 
 
 async def test_cold_target_is_loaded_by_its_first_switch(server: Server) -> None:
-    """It is loaded once; later switches to it only activate."""
+    """A cold target is loaded once; later switches to it only activate."""
     for alias in ("mistral", "llama", "mistral"):
         await server.coordinator.switch(alias)
 
@@ -385,7 +385,7 @@ async def test_cold_target_is_loaded_by_its_first_switch(server: Server) -> None
 
 
 async def test_second_call_for_the_target_joins_the_switch(server: Server) -> None:
-    """Two callers, one switch, one load, one result."""
+    """Two callers for one target get one switch, one load and one result."""
     server.host.hold("load", "mistral")
     first = await begin_switch(server, "mistral")
     second = await begin_switch(server, "mistral")
@@ -400,7 +400,7 @@ async def test_second_call_for_the_target_joins_the_switch(server: Server) -> No
 async def test_call_for_another_target_is_refused_during_a_switch(
     server: Server, other: str
 ) -> None:
-    """One switch at a time, the way back included."""
+    """Only one switch runs at a time, including its way back; other targets are refused."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
 
@@ -412,7 +412,7 @@ async def test_call_for_another_target_is_refused_during_a_switch(
 
 
 async def test_switch_outlives_its_caller(server: Server) -> None:
-    """A caller who leaves does not stop the switch."""
+    """A caller that leaves does not stop the switch."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
 
@@ -425,7 +425,7 @@ async def test_switch_outlives_its_caller(server: Server) -> None:
 
 
 async def test_failing_switch_outlives_its_caller_quietly(server: Server) -> None:
-    """An error that nobody waits for is not a stray exception."""
+    """An error of a switch that no caller waits for is not a stray exception."""
     server.host.hold("load", "mistral")
     server.host.fail_next("load", "mistral")
     switch = await begin_switch(server, "mistral")
@@ -440,7 +440,7 @@ async def test_failing_switch_outlives_its_caller_quietly(server: Server) -> Non
 
 
 async def test_drain_waits_for_every_lease(server: Server) -> None:
-    """The pointer does not move while a request of the source is running."""
+    """No other model is activated while a request of the source is running."""
     first, second = await hold(server), await hold(server)
     switch = await begin_switch(server, "qwen")
 
@@ -454,7 +454,7 @@ async def test_drain_waits_for_every_lease(server: Server) -> None:
 
 
 async def test_drain_ends_at_its_deadline(server: Server) -> None:
-    """What still runs then is ended with the cause, and counted."""
+    """At the deadline of a drain, running requests are aborted with the cause, and counted."""
     holder = await hold(server)
 
     result = await server.coordinator.switch("qwen", 0.01)
@@ -470,7 +470,7 @@ async def test_drain_ends_at_its_deadline(server: Server) -> None:
 async def test_configured_deadline_counts_where_the_call_gives_none(
     make_server: MakeServer,
 ) -> None:
-    """`switching.drain_timeout` is the default."""
+    """`switching.drain_timeout` applies to a switch call without a timeout."""
     server = await make_server(drain_timeout=0)
     holder = await hold(server)
 
@@ -482,7 +482,7 @@ async def test_configured_deadline_counts_where_the_call_gives_none(
 async def test_request_that_does_not_end_is_cancelled(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A request that ignores its end does not keep the switch for ever."""
+    """A request that ignores its abort does not block the switch for ever."""
     monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 0.01)
 
     async def deaf() -> None:
@@ -502,7 +502,7 @@ async def test_request_that_does_not_end_is_cancelled(
 
 
 async def test_invalid_target_fails_before_anything_is_drained(server: Server) -> None:
-    """Requests of the source do not notice that a switch was tried."""
+    """A switch to an invalid target fails without affecting requests of the source."""
     server.host.engines["mistral"].missing_files = True
     holder = await hold(server)
 
@@ -520,7 +520,7 @@ async def test_invalid_target_fails_before_anything_is_drained(server: Server) -
 async def test_source_serves_on_if_the_target_cannot_be_brought_up(
     server: Server, operation: str, target: str, phase: str, residency: str
 ) -> None:
-    """The caller and everyone who was held get the cause; then all is as before."""
+    """If the target fails, the caller and held requests get the cause; then all is as before."""
     server.host.hold(operation, target)
     server.host.fail_next(operation, target, HotswapError("out of memory"))
     switch = await begin_switch(server, target)
@@ -547,7 +547,7 @@ async def test_source_serves_on_if_the_target_cannot_be_brought_up(
 
 
 async def test_failed_switch_may_be_tried_again(server: Server) -> None:
-    """A failure leaves nothing behind that would hinder the next try."""
+    """A failure leaves nothing behind that would hinder the next attempt."""
     server.host.fail_next("load", "mistral")
     with pytest.raises(SwitchFailed):
         await server.coordinator.switch("mistral")
@@ -556,7 +556,7 @@ async def test_failed_switch_may_be_tried_again(server: Server) -> None:
 
 
 async def test_source_that_cannot_go_on_is_given_up(server: Server) -> None:
-    """If the way back fails as well, no model is active until recovery has brought one back."""
+    """If the way back fails, too, no model is active until recovery brings one back."""
     server.host.fail_next("activate", "qwen")
     server.host.fail_next("activate", "llama", HotswapError("pointer lost"))
 
@@ -571,7 +571,7 @@ async def test_source_that_cannot_go_on_is_given_up(server: Server) -> None:
 
 
 async def test_source_that_dies_on_the_way_back_is_given_up(server: Server) -> None:
-    """Its death and the failed activation are one failure, and the switch ends."""
+    """The source's death and its failed activation are one failure, and the switch ends."""
     server.host.hold("activate", "llama")
     server.host.fail_next("activate", "qwen")
     server.host.fail_next("activate", "llama")
@@ -589,7 +589,7 @@ async def test_source_that_dies_on_the_way_back_is_given_up(server: Server) -> N
 
 
 async def test_source_stays_where_it_is_if_the_target_cannot_be_loaded(server: Server) -> None:
-    """Nothing has moved yet, so nothing is asked of the source's engine."""
+    """A failed load of the target sends no command to the source's engine."""
     server.host.fail_next("load", "mistral")
 
     with pytest.raises(SwitchFailed, match="'llama' is still active"):
@@ -603,7 +603,7 @@ async def test_source_stays_where_it_is_if_the_target_cannot_be_loaded(server: S
 
 
 async def test_death_of_the_host_ends_every_request(server: Server) -> None:
-    """What runs ends with the cause; what comes later is refused with it."""
+    """At the host's death running requests end with the cause; later ones are refused with it."""
     holder = await hold(server)
 
     server.host.kill("the engine host was killed by signal 9")
@@ -624,7 +624,7 @@ async def test_death_of_the_host_ends_every_request(server: Server) -> None:
 
 @pytest.mark.parametrize(("operation", "target"), [("load", "mistral"), ("activate", "qwen")])
 async def test_death_of_the_host_ends_a_switch(server: Server, operation: str, target: str) -> None:
-    """The caller and everyone who is held get the cause."""
+    """At the host's death during a switch, the caller and every held request get the cause."""
     server.host.hold(operation, target)
     switch = await begin_switch(server, target)
     holder = await hold(server, target)
@@ -641,7 +641,7 @@ async def test_death_of_the_host_ends_a_switch(server: Server, operation: str, t
 
 
 async def test_death_of_the_host_during_a_drain_ends_both_sides(server: Server) -> None:
-    """Requests of the source and those for the target end with the cause."""
+    """At the host's death in a drain, requests of source and target end with the cause."""
     running = await hold(server)
     switch = await begin_switch(server, "qwen")
     held = await hold(server, "qwen")
@@ -656,7 +656,7 @@ async def test_death_of_the_host_during_a_drain_ends_both_sides(server: Server) 
 
 
 async def test_host_that_is_never_started_never_dies(server: Server) -> None:
-    """A future that is cancelled when a loop closes is no death."""
+    """A future that is cancelled when a loop closes does not count as a death."""
     server.host.died.cancel()
     await server.settled()
 
@@ -664,7 +664,7 @@ async def test_host_that_is_never_started_never_dies(server: Server) -> None:
 
 
 async def test_death_of_the_active_engine_leaves_the_others(server: Server) -> None:
-    """Its requests end, later ones are refused until it is back; another can be switched to."""
+    """Its requests end, later ones are refused until it is back; switches to others work."""
     holder = await hold(server)
     server.host.hold("load", "llama")
 
@@ -684,7 +684,7 @@ async def test_death_of_the_active_engine_leaves_the_others(server: Server) -> N
 
 
 async def test_death_of_a_parked_engine_leaves_the_active_one(server: Server) -> None:
-    """The active model is still active; the dead one is loaded again by its next switch."""
+    """If a parked engine dies, the active model stays; a switch loads the dead one again."""
     holder = await hold(server)
 
     server.host.kill_engine("qwen", "RuntimeError: boom")
@@ -697,7 +697,7 @@ async def test_death_of_a_parked_engine_leaves_the_active_one(server: Server) ->
 
 
 async def test_death_of_the_source_ends_its_drain(server: Server) -> None:
-    """The switch goes on to the target at once."""
+    """If the source dies during the drain, the switch continues to the target at once."""
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
 
@@ -711,7 +711,7 @@ async def test_death_of_the_source_ends_its_drain(server: Server) -> None:
 async def test_death_of_a_target_that_is_loaded_during_the_drain_is_noticed(
     server: Server,
 ) -> None:
-    """It is not activated and not loaded again, and the source is still active."""
+    """A target that dies during the drain is not activated or reloaded; the source stays active."""
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
     server.host.kill_engine("qwen", "RuntimeError: boom")
@@ -727,7 +727,7 @@ async def test_death_of_a_target_that_is_loaded_during_the_drain_is_noticed(
 async def test_death_of_the_target_while_it_is_brought_up_is_noticed(
     server: Server, operation: str, target: str
 ) -> None:
-    """The cause is told, the source is active again in every respect, and can be left later."""
+    """If the target dies, the cause is reported, the source fully active, and a switch works."""
     server.host.hold(operation, target)
     switch = await begin_switch(server, target)
     server.host.kill_engine(target, "RuntimeError: boom")
@@ -742,7 +742,7 @@ async def test_death_of_the_target_while_it_is_brought_up_is_noticed(
 
 
 async def test_engine_that_dies_as_its_requests_are_admitted_ends_them(server: Server) -> None:
-    """A held request that is granted and cut in one turn of the loop knows the cause."""
+    """A held request that is granted and cut in one turn of the loop gets the cause."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
     holder = await hold(server, "qwen")
@@ -759,7 +759,7 @@ async def test_engine_that_dies_as_its_requests_are_admitted_ends_them(server: S
 
 
 async def test_shutdown_lets_running_requests_end(server: Server) -> None:
-    """Nothing more is admitted; what runs may end within the time."""
+    """No request is admitted any longer; running ones may end within the time."""
     holder = await hold(server)
     stopping = asyncio.create_task(server.coordinator.shut_down(60))
     await server.settled()
@@ -772,7 +772,7 @@ async def test_shutdown_lets_running_requests_end(server: Server) -> None:
 
 
 async def test_shutdown_ends_what_runs_longer(server: Server) -> None:
-    """Then requests are told why they end."""
+    """After the time, running requests are aborted with the reason."""
     holder = await hold(server)
 
     await server.coordinator.shut_down(0)
@@ -783,7 +783,7 @@ async def test_shutdown_ends_what_runs_longer(server: Server) -> None:
 
 
 async def test_shutdown_ends_a_switch_that_takes_longer(server: Server) -> None:
-    """Its caller and everyone who is held are told why."""
+    """At shutdown, a long switch's caller and every held request get the reason."""
     server.host.hold("load", "mistral")
     switch = await begin_switch(server, "mistral")
     holder = await hold(server, "mistral")
@@ -797,7 +797,7 @@ async def test_shutdown_ends_a_switch_that_takes_longer(server: Server) -> None:
 
 
 async def test_shutdown_lets_a_switch_end(server: Server) -> None:
-    """Within the time, the switch ends as it would have, and those it held are ended."""
+    """A switch may end normally within the time; requests that it held are refused."""
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
     stopping = asyncio.create_task(server.coordinator.shut_down(60))
@@ -809,11 +809,11 @@ async def test_shutdown_lets_a_switch_end(server: Server) -> None:
     await stopping
 
 
-# --- whatever happens -----------------------------------------------------------------------
+# --- any sequence of events -----------------------------------------------------------------
 
 
 async def test_coordinator_tells_its_state(server: Server) -> None:
-    """Logs and failing tests can be read."""
+    """The coordinator's text form makes logs and failed tests readable."""
     holder = await hold(server)
     assert "<Coordinator active=llama epoch=1 phase=IDLE in_flight=1 waiting=0>" == repr(
         server.coordinator
@@ -842,7 +842,7 @@ ACTIONS = st.one_of(
 
 
 class Chaos:
-    """Does what hypothesis says, one action after the other."""
+    """Runs actions chosen by hypothesis, one after the other."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -897,7 +897,7 @@ async def live_through(actions: list[tuple[str, object, bool]]) -> tuple[Server,
     st.lists(st.tuples(ACTIONS, st.booleans()).map(lambda pair: (*pair[0], pair[1])), max_size=14)
 )
 def test_no_mix_of_events_leaks_or_hangs(actions: list[tuple[str, object, bool]]) -> None:
-    """Requests, departures, failures, deaths and switches in any order: all of them end.
+    """Requests, departures, failures, deaths and switches all end, in any order.
 
     No lease is left, no switch hangs, the epoch never falls, residencies agree with the pointer.
     """

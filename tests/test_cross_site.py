@@ -1,6 +1,6 @@
-"""What web pages may not do: change something from another origin, or under a name of their own.
+"""Pages of other origins, or under foreign host names, can change nothing.
 
-The requests have the headers that browsers send, on a connection to the real server.
+Requests have the headers that browsers send, on a connection to the real server.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Make = Callable[..., Any]
 
 @dataclass
 class Running:
-    """A server on a port of loopback, and a client that sends what it is told to."""
+    """A server on a port of loopback, and its client, which sends exactly the given requests."""
 
     app: HotswapApp
     port: int
@@ -57,7 +57,7 @@ class Running:
 
     @property
     def elsewhere(self) -> str:
-        """A page of the same machine, on another port."""
+        """The origin of a page on the same machine, on another port."""
         return f"http://127.0.0.1:{self.port + 1}"
 
     async def send(
@@ -68,21 +68,21 @@ class Running:
         body: bytes = b"",
         host: str | None = "",
     ) -> tuple[int, Any]:
-        """Status and body of the answer. `host` is `Host`: this server's if empty, none if None."""
+        """Return status and body. `host` is `Host`: this server's if empty, none if None."""
         lines = [f"{method} {path} HTTP/1.{0 if host is None else 1}"]
         given = {} if host is None else {"Host": host or f"127.0.0.1:{self.port}"}
         given |= {"Content-Length": str(len(body)), "Connection": "close", **(headers or {})}
         lines += [f"{name}: {value}" for name, value in given.items()]
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write("\r\n".join([*lines, "", ""]).encode() + body)
-        async with asyncio.timeout(30):  # what is not refused may wait for ever
+        async with asyncio.timeout(30):  # an admitted request may wait for ever
             head, _, content = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         await writer.wait_closed()
         return int(head.split()[1]), content
 
     async def upgrade(self, path: str, headers: Mapping[str, str]) -> int:
-        """The status of a WebSocket's handshake."""
+        """Return the status of a WebSocket's handshake."""
         given = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
         key = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
         lines = [f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{self.port}"]
@@ -95,7 +95,7 @@ class Running:
         return status
 
     def state(self) -> Any:
-        """All that a request could change."""
+        """Return all state that a request could change."""
         coordinator = self.app.coordinator
         models = [(m.alias, m.residency, m.pinned, m.engine.adapters) for m in coordinator.registry]
         return (coordinator.active, coordinator.epoch, coordinator.switches, repr(models)), tuple(
@@ -105,7 +105,7 @@ class Running:
 
 @pytest.fixture
 async def make() -> AsyncIterator[Make]:
-    """Starts a server whose switching is open to everybody, as `VLLM_SERVER_DEV_MODE` does."""
+    """Starts a server on which every client may switch, as with `VLLM_SERVER_DEV_MODE`."""
     running: list[Running] = []
 
     async def start(
@@ -140,7 +140,7 @@ async def make() -> AsyncIterator[Make]:
 
 
 def changing(app: HotswapApp) -> list[Route]:
-    """Our own routes that may change something, as the table has them."""
+    """Return our own routes in the table that may change something."""
     return [r for r in app.routes if r.handler is not None and r.method not in SAFE_METHODS]
 
 
@@ -155,7 +155,7 @@ PAGES = {
     "JSON that a preflight let through": {**CROSS, **CORS, "Content-Type": "application/json"},
     "JSON of a browser that tells the origin alone": {"Content-Type": "application/json"},
 }
-"""Requests of a page on another origin. UI-13."""
+"""Headers of a page on another origin. UI-13."""
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -163,7 +163,7 @@ PAGES = {
 async def test_a_page_of_another_origin_changes_nothing(
     make: Make, page: str, origin: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On none of our own routes that take a body; it is refused, and logged in one line."""
+    """Pages of other origins are refused on all our routes with a body, and each is logged."""
     running = await make()
     origins = {"other port": running.elsewhere, "other site": "https://evil.example"}
     headers = {**PAGES[page], "Origin": origins.get(origin, origin)}
@@ -194,7 +194,7 @@ async def test_a_page_of_another_origin_changes_nothing(
 async def test_the_servers_own_pages_and_other_clients_still_work(
     make: Make, headers: dict[str, str]
 ) -> None:
-    """They say that they are of this origin, or nothing."""
+    """Requests that report this origin, or none, still work."""
     running = await make()
     given = {name: running.origin if v == "own" else v for name, v in headers.items()}
     given["Content-Type"] = "application/json"
@@ -205,7 +205,7 @@ async def test_the_servers_own_pages_and_other_clients_still_work(
 
 
 async def test_pages_of_allowed_origins_work(make: Make) -> None:
-    """Whatever the browser says of the site; `--allowed-origins` has the last word."""
+    """Pages of `--allowed-origins` work, whatever the browser reports about the site."""
     running = await make(allowed_origins=["https://page.example"])
     headers = {**CROSS, "Origin": "https://page.example", "Content-Type": "application/json"}
     other = {**headers, "Origin": "https://page.example.evil"}
@@ -218,7 +218,7 @@ async def test_pages_of_allowed_origins_work(make: Make) -> None:
 
 
 async def test_a_refusal_needs_no_key(make: Make) -> None:
-    """Nothing of a foreign page's request is looked at, not even whether a key is right."""
+    """A foreign page's request is refused before anything else in it is checked, even its key."""
     running = await make(Access(admin_keys=["admin"]))
     headers = {**CROSS, "Origin": running.elsewhere, "Authorization": "Bearer admin"}
 
@@ -228,7 +228,7 @@ async def test_a_refusal_needs_no_key(make: Make) -> None:
 
 
 async def test_a_page_of_another_origin_may_read_as_far_as_cors_lets_it(make: Make) -> None:
-    """In `manual`, where inference moves no model: the browser keeps the answer back."""
+    """In `manual`, where inference moves no model, CORS makes the browser withhold the answer."""
     running = await make()
     headers = {**CROSS, "Origin": running.elsewhere, "Content-Type": "application/json"}
 
@@ -259,7 +259,7 @@ BLIND = [
 async def test_a_page_of_another_origin_moves_no_model(
     make: Make, mode: Literal["manual", "auto"], model: str
 ) -> None:
-    """Neither by an image nor by a form: no model is loaded, woken or switched to."""
+    """Neither an image nor a form of another origin loads, wakes or switches to a model."""
     running = await make(mode=mode)
     before = running.state()
 
@@ -282,7 +282,7 @@ async def test_a_page_of_another_origin_moves_no_model(
 async def test_in_auto_programs_own_pages_and_allowed_origins_switch(
     make: Make, headers: dict[str, str]
 ) -> None:
-    """Only pages of other origins are kept from it."""
+    """Programs, own pages and allowed origins switch in `auto`; pages of other origins cannot."""
     running = await make(mode="auto", allowed_origins=["https://page.example"])
     given = {**headers, "Content-Type": "application/json"}
 
@@ -292,7 +292,7 @@ async def test_in_auto_programs_own_pages_and_allowed_origins_switch(
 
 
 def test_a_refusal_names_the_flag_with_its_value() -> None:
-    """As it can be pasted behind the command that starts the server."""
+    """The flag in a refusal can be pasted into the command that starts the server."""
     assert CrossOriginRefused("http://a:3").message.endswith(
         """--allowed-origins '["http://a:3"]'"""
     )
@@ -302,7 +302,7 @@ def test_a_refusal_names_the_flag_with_its_value() -> None:
 
 
 async def test_a_page_of_another_origin_gets_no_websocket(make: Make) -> None:
-    """No CORS keeps a page from reading what it is sent there."""
+    """Pages of other origins get no WebSocket, whose messages CORS would not hide."""
     running = await make()
     path = "/v1/realtime?model=llama"
 
@@ -323,7 +323,7 @@ async def test_a_page_of_another_origin_gets_no_websocket(make: Make) -> None:
     ["evil.example", "evil.example:{port}", "localhost.evil.example", "8.8.8.8", "x@evil", "127.1"],
 )
 async def test_a_foreign_name_is_refused_on_loopback_without_keys(make: Make, host: str) -> None:
-    """On every route: a page that had its own name resolved to this machine could read all."""
+    """A foreign host name, as of a page resolved to this machine, is refused on every route."""
     running = await make()
     host = host.format(port=running.port)
     before = running.state()
@@ -357,7 +357,7 @@ async def test_a_foreign_name_is_refused_on_loopback_without_keys(make: Make, ho
     ],
 )
 async def test_names_of_this_machine_are_answered(make: Make, host: str | None) -> None:
-    """And those of `--allowed-hosts`; whoever sends no name at all is no browser."""
+    """This machine's names, `--allowed-hosts`, and requests without a name are answered."""
     running = await make(hosts=("Models.example", "second.example:8000"))
     entries = [e for each in psutil.net_if_addrs().values() for e in each]
     address = next(e.address for e in entries if e.family == socket.AF_INET)
@@ -385,7 +385,7 @@ async def test_names_of_this_machine_are_answered(make: Make, host: str | None) 
     ],
 )
 def test_an_allowed_host_may_be_written_in_many_ways(given: str, sent: str) -> None:
-    """A name with or without a port, a URL, an address; clients always send the same."""
+    """An allowed host may be a name, with or without a port, a URL, or an address."""
     cross_site = CrossSite.of([], [given], lambda: True)
 
     cross_site.check_host("GET", "/", Headers({"host": sent}))
@@ -404,7 +404,7 @@ def test_an_allowed_host_may_be_written_in_many_ways(given: str, sent: str) -> N
 async def test_other_servers_answer_to_any_name(
     make: Make, access: Access, given: dict[str, Any]
 ) -> None:
-    """A key guards them, or they are reached from other machines, under names that nobody knows."""
+    """Servers with keys, or reached from other machines, answer to any name."""
     running = await make(access, **given)
 
     status, _ = await running.send("GET", "/health", host="models.example")
@@ -432,7 +432,7 @@ async def test_other_servers_answer_to_any_name(
     ],
 )
 def test_an_origin_is_compared_by_host_and_port(origin: str, host: str, passes: bool) -> None:
-    """Where the browser says nothing of the site; the scheme does not count."""
+    """Without the browser's report, an origin is compared by host and port, not by scheme."""
     headers = Headers({"origin": origin, "host": host})
     if passes:
         CrossSite().check_origin("POST", "/x", headers)
@@ -443,7 +443,7 @@ def test_an_origin_is_compared_by_host_and_port(origin: str, host: str, passes: 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "", "same-origin, none"])
 def test_what_the_browser_says_of_the_site_decides_alone(site: str) -> None:
-    """Although the origin, which may be forged by nobody but other programs, looks right."""
+    """The browser's report wins over a matching origin, which only other programs can forge."""
     headers = Headers({"sec-fetch-site": site, "origin": "http://a", "host": "a"})
 
     with pytest.raises(CrossOriginRefused):
@@ -451,7 +451,7 @@ def test_what_the_browser_says_of_the_site_decides_alone(site: str) -> None:
 
 
 def test_every_origin_may_be_allowed() -> None:
-    """By a star, as with vLLM; `null` by its name."""
+    """A star allows all, as with vLLM; `null` is allowed by its name."""
     for origins, origin in (("*", "http://a"), ("*", "null"), ("null", "null")):
         headers = Headers({"sec-fetch-site": "cross-site", "origin": origin, "host": "b"})
         CrossSite.of([origins], (), lambda: True).check_origin("POST", "/x", headers)
@@ -461,7 +461,7 @@ def test_every_origin_may_be_allowed() -> None:
 def test_a_refused_host_is_logged_without_its_control_characters(
     caplog: pytest.LogCaptureFixture, is_escaped: bool
 ) -> None:
-    """In one line, whatever it is; and escaped once, where a whole server does it, too."""
+    """A refused host is one log line, escaped once, even if a whole server does so again."""
     caplog.set_level(logging.WARNING)
     before = logging.getLogRecordFactory()
     if is_escaped:

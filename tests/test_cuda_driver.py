@@ -1,4 +1,4 @@
-"""What is said of a GPU, a driver or settings that models cannot sleep with."""
+"""Errors about a GPU, a driver or settings with which models cannot sleep."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ GIB = 1 << 30
 def test_a_device_that_cannot_be_used_is_told_in_one_line(
     cuda: FakeCuda, environment: Mapping[str, str], says: str
 ) -> None:
-    """With the fact, and what to do."""
+    """A device that cannot be used is reported in one line with the fact, and what to do."""
     with pytest.raises(ConfigError) as error:
         check_driver(environment, cuda)
 
@@ -70,14 +70,14 @@ def test_a_device_that_cannot_be_used_is_told_in_one_line(
 
 
 def test_a_device_that_can_be_used_is_passed_by() -> None:
-    """Also one that is named by its number, or by the id of an instance of a divided GPU."""
+    """A usable device is accepted, also one named by number, or an instance of a divided GPU."""
     cuda = FakeCuda()
     for visible in ("0", "MIG-f3a4"):
         assert cuda is check_driver({"CUDA_VISIBLE_DEVICES": visible}, cuda)
 
 
 def test_a_machine_without_the_driver_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of the error of a library that cannot be loaded."""
+    """A missing driver is reported as such, instead of a library that cannot be loaded."""
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
 
     with pytest.raises(ConfigError, match="there is no NVIDIA driver: libcuda-of-nobody"):
@@ -85,7 +85,7 @@ def test_a_machine_without_the_driver_is_told_of(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_call_that_fails_says_which_and_why() -> None:
-    """In the driver's own words; whether memory is lacking can be asked."""
+    """A failed call has the driver's words, and shows whether memory is lacking."""
     cuda = FakeCuda(total=0, refuses={"cuMemAddressReserve"})
     driver = Driver(0, cuda)
 
@@ -97,7 +97,7 @@ def test_a_call_that_fails_says_which_and_why() -> None:
 
 
 def test_a_thread_without_a_context_gets_torchs() -> None:
-    """Threads of torch may call back that have none of their own."""
+    """A thread that torch calls back on, without a context of its own, gets torch's."""
 
     class Bare(FakeCuda):
         has_context = False
@@ -148,7 +148,7 @@ class FakeNvml:
         return 0
 
     processes: tuple[tuple[int, int], ...] = ()
-    """Numbers, and bytes that they use."""
+    """Numbers of processes, and the bytes that they use."""
 
     def nvmlDeviceGetComputeRunningProcesses_v3(self, handle: Any, count: Any, found: Any) -> int:
         room, count._obj.value = count._obj.value, len(self.processes)
@@ -164,7 +164,7 @@ class FakeNvml:
 
 
 class WithBus:
-    """libcuda, as far as it tells where a GPU is."""
+    """libcuda, reduced to the location of a GPU."""
 
     def cuDeviceGetPCIBusId(self, bus_id: Any, size: Any, device: Any) -> int:
         ctypes.memmove(bus_id, b"00000000:01:00.0", 17)
@@ -182,7 +182,7 @@ class WithBus:
     ids=["whole", "divided", "without rights", "another library"],
 )
 def test_free_memory_is_asked_for_without_a_context(nvml: Any, free: int | None) -> None:
-    """Of a whole GPU; otherwise it is not known, which is no error."""
+    """Free memory is known for a whole GPU only; if unknown, that is not an error."""
     assert free == device_free_bytes(WithBus(), nvml)
     assert not getattr(nvml, "is_open", False)
 
@@ -202,7 +202,7 @@ def test_free_memory_is_asked_for_without_a_context(nvml: Any, free: int | None)
 def test_what_processes_use_of_a_device_is_told_where_it_is_known(
     processes: tuple[tuple[int, int], ...], is_divided: bool, used: int | None
 ) -> None:
-    """All of them together; a container may know them by other numbers, which is no error."""
+    """The sum for all processes is known, or None where a container has other process numbers."""
     nvml = FakeNvml(0, is_divided)
     nvml.processes = processes
 
@@ -211,7 +211,7 @@ def test_what_processes_use_of_a_device_is_told_where_it_is_known(
 
 
 def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on this machine."""
+    """Without the library free memory is unknown, as on this machine."""
     monkeypatch.setattr("vllm_hotswap.nvml.LIBRARY", "libnvml-of-nobody.so.1")
 
     assert device_free_bytes(WithBus()) is None
@@ -219,7 +219,7 @@ def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_sleep_neither_mapping_nor_torchs_pools_have_to_work() -> None:
-    """Where models lie in torch's own memory."""
+    """Without sleep models lie in torch's own memory: mapping and pools need not work."""
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
     assert check_driver(environment, cuda := FakeCuda(can_map=False), maps=False) is cuda

@@ -1,4 +1,4 @@
-"""What is refused of a configuration on CUDA, and what models are given there by default."""
+"""Configurations that are refused on CUDA, and defaults of models there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIB = 1 << 30
 
 
 def vllm_config(worker: str, utilization: float = 0.92, **model: object) -> Any:
-    """What of vLLM's configuration is looked at."""
+    """The part of vLLM's configuration that is read."""
     return SimpleNamespace(
         model_config=SimpleNamespace(**model),
         parallel_config=SimpleNamespace(worker_cls=worker),
@@ -34,7 +34,7 @@ def model_in(folder: Path) -> tuple[Path, ModelConfig]:
 
 
 def test_vllms_own_sleep_mode_is_refused_on_cuda(tmp_path: Path) -> None:
-    """It is for one model in a process; the second one could not be loaded."""
+    """vLLM's sleep mode serves one model per process: a second model could not be loaded."""
     path, model = model_in(tmp_path)
 
     with pytest.raises(ConfigError) as error:
@@ -48,7 +48,7 @@ def test_vllms_own_sleep_mode_is_refused_on_cuda(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["enable_sleep_mode", "enable_cumem_allocator"])
 def test_other_devices_and_other_settings_are_left_alone(tmp_path: Path, key: str) -> None:
-    """A platform of its own may need it."""
+    """Other devices keep their settings, which an out-of-tree platform may need."""
     path, model = model_in(tmp_path)
 
     refuse_sleep_mode(model, vllm_config(HOSTED_CPU_WORKER, **{key: True}), path)
@@ -60,11 +60,11 @@ def test_other_devices_and_other_settings_are_left_alone(tmp_path: Path, key: st
 
 
 def test_a_machine_without_a_gpu_is_told_of_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM would only say that it cannot infer a device."""
+    """A machine without a GPU gets our message instead of vLLM's about inferring a device."""
     monkeypatch.setattr(cuda_driver, "LIBRARY", "libcuda-of-nobody.so.1")
     error = RuntimeError("Failed to infer device type, please set `VLLM_LOGGING_LEVEL=DEBUG`")
 
-    assert _reason(error).startswith(str(error))  # a GPU of somebody else's may be missing
+    assert _reason(error).startswith(str(error))  # a GPU of another platform may be missing
     assert "; for an NVIDIA GPU: there is no NVIDIA driver: libcuda-of-nob" in _reason(error)
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -84,7 +84,7 @@ def launches(*configs: Any) -> list[ModelLaunch]:
 
 @pytest.mark.parametrize("utilization", [0.3, 0.92])
 def test_models_share_what_is_free_but_for_a_reserve(utilization: float) -> None:
-    """`gpu_memory_utilization` says what one server of vLLM takes, and there is one for all."""
+    """Models share all that is free, whatever `gpu_memory_utilization` would give one server."""
     device = DeviceMemory(total=24 * GIB, free=21 * GIB, held=GIB // 2, reserve=GIB)
     models = launches(*(vllm_config(CUDA_WORKER, utilization) for _ in range(2)))
 
@@ -92,7 +92,7 @@ def test_models_share_what_is_free_but_for_a_reserve(utilization: float) -> None
 
 
 def test_on_other_devices_it_bounds_what_models_share() -> None:
-    """As before."""
+    """On other devices, `gpu_memory_utilization` bounds what models share, as before."""
     device = DeviceMemory(total=20 * GIB, free=19 * GIB, held=0)
     models = launches(vllm_config(HOSTED_CPU_WORKER, 0.5))
 
@@ -101,7 +101,7 @@ def test_on_other_devices_it_bounds_what_models_share() -> None:
 
 @pytest.mark.parametrize(("total", "weights"), [(24, 6), (80, 16)])
 def test_two_models_with_nothing_but_a_name_get_kv_memory(total: int, weights: int) -> None:
-    """On one GPU, loaded together, each the same."""
+    """Two models with only a name, loaded together on one GPU, get the same KV memory."""
     device = DeviceMemory(total * GIB, (total - 3) * GIB, GIB // 2, 2 * GIB)
     budget = budget_of(launches(vllm_config(CUDA_WORKER)), MemoryBudget(), device)
     models = [

@@ -1,4 +1,4 @@
-"""Device memory of models that sleep and wake: contents, books, and driver calls that fail."""
+"""Device memory of models that sleep and wake: contents, accounting, and failing driver calls."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CHUNK = 2 * STEP
 
 @dataclass(eq=False)
 class Tenant:
-    """One model's memory, with what ought to be in it."""
+    """One model's memory, with its expected contents."""
 
     cuda: FakeCuda
     seed: int = 1
     content: dict[int, bytearray] = field(default_factory=dict)
-    """By address, what is there when it is awake."""
+    """Contents by address while it is awake."""
     tags: dict[int, str] = field(default_factory=dict)
     saved: set[int] = field(default_factory=set)
     """Addresses whose constant parts are in host memory."""
@@ -58,7 +58,7 @@ class Tenant:
             self.content[start][address - start : address - start + nbytes] = bytes(nbytes)
 
     def step(self) -> None:
-        """Write to whatever a model writes to."""
+        """Write to everything that a model writes to."""
         for address, content in self.content.items():
             fixed = {
                 offset
@@ -80,7 +80,7 @@ class Tenant:
         self.saved.clear()
 
     def holes(self) -> list[Range]:
-        """Where the KV tensors are; a little of their segments is not theirs."""
+        """Return the KV tensors; a little of their segments belongs to others."""
         return [(a + 100, len(self.content[a]) - 200) for a in self.content if self.tags[a] == KV]
 
     def constants(self) -> list[Range]:
@@ -89,31 +89,31 @@ class Tenant:
         ]
 
     def to_be_copied(self) -> int:
-        """Bytes that the next sleep has to copy."""
+        """Return the number of bytes that the next sleep has to copy."""
         return sum(
             200 if self.tags[a] == KV or a in self.saved else len(self.content[a])
             for a in self.content
         )
 
     def check(self) -> None:
-        """What it has is what it ought to have, if it is awake."""
+        """Check its contents, if it is awake."""
         if not self.memory.is_asleep:
             for address, content in self.content.items():
                 assert content == read(address, len(content))
 
 
 def check_books(cuda: FakeCuda, *tenants: Tenant) -> None:
-    """Every byte of the device, every address and every copy is somebody's."""
+    """Check that every byte of the device, every address and every copy has an owner."""
     assert cuda.used == cuda.others + sum(t.memory.device_bytes for t in tenants)
     assert sum(cuda.reserved.values()) == sum(t.memory.address_bytes for t in tenants)
     assert cuda.most <= cuda.total
 
 
 def finish(cuda: FakeCuda, *tenants: Tenant) -> None:
-    """Give all back; nothing is left then."""
+    """Release everything, and check that nothing is left."""
     for tenant in tenants:
         tenant.memory.close()
-        tenant.memory.close()  # what could not be given back the first time
+        tenant.memory.close()  # what could not be released the first time
     assert {} == cuda.left
     assert {} == cuda.streams
 
@@ -122,7 +122,7 @@ def finish(cuda: FakeCuda, *tenants: Tenant) -> None:
 
 
 def test_sleeping_memory_is_given_back_and_comes_again_as_it_was() -> None:
-    """At the same addresses: weights as they were, the KV memory zero."""
+    """After a wake weights are as they were and the KV memory is zero, at the same addresses."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     weights, kv = one.allocate(3), one.allocate(5, KV)
@@ -139,7 +139,7 @@ def test_sleeping_memory_is_given_back_and_comes_again_as_it_was() -> None:
 
 
 def test_weights_are_copied_to_the_host_once() -> None:
-    """Later sleeps copy what a model may have written to, and no more."""
+    """Later sleeps copy only memory that the model may have written to."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(40), one.allocate(20, KV)
@@ -155,7 +155,7 @@ def test_weights_are_copied_to_the_host_once() -> None:
 
 
 def test_changed_weights_are_copied_again() -> None:
-    """Once more, and then no more."""
+    """Changed weights are copied again, once."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(40)
@@ -172,7 +172,7 @@ def test_changed_weights_are_copied_again() -> None:
 
 
 def test_host_memory_is_pinned_once() -> None:
-    """It stays for the next sleep, and is as large as what is kept."""
+    """Pinned host memory stays for the next sleep, and is as large as what has to be kept."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(7), one.allocate(9, KV)
@@ -185,7 +185,7 @@ def test_host_memory_is_pinned_once() -> None:
 
 
 def test_copies_run_while_the_next_segment_is_mapped() -> None:
-    """The weights come first; all is waited for once, at the end."""
+    """Weights are copied first, while mapping continues; the only wait is at the end."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(2, KV), one.allocate(1), one.allocate(1)
@@ -201,7 +201,7 @@ def test_copies_run_while_the_next_segment_is_mapped() -> None:
 
 
 def test_a_wake_without_room_changes_nothing() -> None:
-    """The model is still asleep, says what it needs, and wakes when there is room."""
+    """Without room the model stays asleep, the error says how much, and it wakes later."""
     cuda = FakeCuda(total=10 * STEP)
     one, two = Tenant(cuda), Tenant(cuda, seed=2)
     one.allocate(4), one.allocate(4, KV)
@@ -221,7 +221,7 @@ def test_a_wake_without_room_changes_nothing() -> None:
 
 
 def test_what_is_freed_while_it_sleeps_only_gives_back_addresses() -> None:
-    """There is no memory to unmap, and the others wake."""
+    """No memory has to be unmapped, and the rest wakes."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     first, _ = one.allocate(), one.allocate()
@@ -238,7 +238,7 @@ def test_what_is_freed_while_it_sleeps_only_gives_back_addresses() -> None:
 
 
 def test_steps_that_have_been_begun_end_before_memory_is_freed() -> None:
-    """They may still read it."""
+    """Steps under way end before memory is freed, because they may still read it."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     address = one.allocate()
@@ -250,7 +250,7 @@ def test_steps_that_have_been_begun_end_before_memory_is_freed() -> None:
 
 
 def test_nothing_is_freed_for_an_address_that_is_not_its_own() -> None:
-    """Torch may give back what has been closed."""
+    """Freeing an unknown address does nothing: torch may free memory that was already closed."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     address = one.allocate()
@@ -264,7 +264,7 @@ def test_nothing_is_freed_for_an_address_that_is_not_its_own() -> None:
 
 @pytest.mark.parametrize("asleep", [False, True])
 def test_close_gives_everything_back(asleep: bool) -> None:
-    """Whether the model sleeps or not."""
+    """Closing releases everything, whether or not the model sleeps."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(3), one.allocate(3, KV)
@@ -276,7 +276,7 @@ def test_close_gives_everything_back(asleep: bool) -> None:
 
 
 def test_memory_in_which_nothing_is_has_none_after_a_load() -> None:
-    """What a load has used for a while, and torch keeps; it is no part of a sleep or a wake."""
+    """Scratch memory of a load, which torch keeps, takes no part in sleeps and wakes."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(2)
@@ -294,7 +294,7 @@ def test_memory_in_which_nothing_is_has_none_after_a_load() -> None:
 
 
 def test_an_allocation_without_room_leaves_nothing() -> None:
-    """Neither addresses nor memory, and the next one that fits goes well."""
+    """A failed allocation leaves neither addresses nor memory; the next that fits succeeds."""
     cuda = FakeCuda(total=4 * STEP)
     one = Tenant(cuda)
 
@@ -310,7 +310,7 @@ def test_an_allocation_without_room_leaves_nothing() -> None:
 def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It is told once, with what helps."""
+    """Host memory that cannot be pinned is used; one warning has the remedy."""
     cuda = FakeCuda(refuses={"cuMemHostRegister_v2"})
     one = Tenant(cuda)
     one.allocate(), one.allocate()
@@ -326,7 +326,7 @@ def test_host_memory_that_cannot_be_pinned_is_used_all_the_same(
 
 
 def test_a_sleep_without_host_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model stays awake, and the message says what is wanted."""
+    """Without host memory a sleep leaves the model awake, and says how much it needs."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(16), one.allocate(16)
@@ -350,7 +350,7 @@ def test_a_sleep_without_host_memory_changes_nothing(monkeypatch: pytest.MonkeyP
 
 
 def test_kv_memory_of_another_size_gets_a_copy_of_another_size() -> None:
-    """What is dropped may change from sleep to sleep."""
+    """KV memory that is copied may change from sleep to sleep, and the host's copy follows."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     address = one.allocate(4, KV)
@@ -368,7 +368,7 @@ def test_kv_memory_of_another_size_gets_a_copy_of_another_size() -> None:
 
 
 def test_memory_tells_what_it_holds() -> None:
-    """In logs and failed tests."""
+    """The memory's text form shows what it holds, for logs and failed tests."""
     one = Tenant(FakeCuda())
     one.allocate(1)
     assert f"<ModelMemory awake segments=1 device={STEP} host=0>" == repr(one.memory)
@@ -381,12 +381,12 @@ def test_memory_tells_what_it_holds() -> None:
 
 
 def under_way(cuda: FakeCuda) -> int:
-    """Bytes of copies that have been begun and not been waited for."""
+    """Return the bytes of copies that have started and were not waited for."""
     return sum(copy.nbytes for copies in cuda.streams.values() for copy in copies)
 
 
 def test_a_wake_in_slices_ends_as_any_other() -> None:
-    """Each takes no more than it may; contents and addresses are those of a wake in one go."""
+    """Each slice takes its limit at most; contents and addresses match those of a whole wake."""
     cuda = FakeCuda()
     one, other = Tenant(cuda), Tenant(cuda, seed=2)
     one.allocate(1), one.allocate(7), one.allocate(5, KV)
@@ -398,7 +398,7 @@ def test_a_wake_in_slices_ends_as_any_other() -> None:
         told.append(one.memory.wake_some(3 * STEP).done_bytes)
         assert cuda.used - before <= 3 * STEP
         assert under_way(cuda) <= 3 * STEP
-        other.step()  # is served meanwhile
+        other.step()  # is served at the same time
 
     assert [3 * STEP, 5 * STEP, 8 * STEP, 10 * STEP, 13 * STEP] == told
     assert one.memory.is_asleep
@@ -410,7 +410,7 @@ def test_a_wake_in_slices_ends_as_any_other() -> None:
 
 
 def test_a_slice_is_a_chunk_at_least() -> None:
-    """Or it would never end."""
+    """A slice is at least a chunk, or the wake would never end."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(5)
@@ -420,7 +420,7 @@ def test_a_slice_is_a_chunk_at_least() -> None:
 
 
 def test_a_wake_goes_on_where_slices_have_come_to() -> None:
-    """What has been copied is not copied again."""
+    """A wake continues where slices stopped, and copies nothing twice."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(8), one.allocate(4, KV)
@@ -439,7 +439,7 @@ def test_a_wake_goes_on_where_slices_have_come_to() -> None:
 
 
 def test_a_wake_that_is_given_up_gives_back_what_it_has_taken() -> None:
-    """In slices, too, if that is wanted; the model is asleep, and nothing of it is lost."""
+    """A cancelled wake releases what it took, in slices if wanted; nothing of the model is lost."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(8), one.allocate(4, KV)
@@ -458,14 +458,14 @@ def test_a_wake_that_is_given_up_gives_back_what_it_has_taken() -> None:
 
 
 def test_a_slice_leaves_others_what_they_need() -> None:
-    """It gives back all that was taken before, and says what it would have needed."""
+    """Without room for both, it releases what earlier slices took, and reports what it needs."""
     cuda = FakeCuda(total=16 * STEP)
     one = Tenant(cuda)
     one.allocate(8)
     one.sleep()
     cuda.calls.clear()
     one.memory.wake_some(6 * STEP, spare_bytes=10 * STEP)
-    # A step waits for the slice, and the question is not free: once, not for each chunk.
+    # A step waits for the slice, and the query takes time: once per slice, not once per chunk.
     assert (3, 1) == (cuda.calls.count("cuMemCreate"), cuda.calls.count("cuMemGetInfo_v2"))
 
     with pytest.raises(
@@ -480,7 +480,7 @@ def test_a_slice_leaves_others_what_they_need() -> None:
 
 
 def test_another_process_may_take_the_memory_between_two_slices() -> None:
-    """The model stays asleep, and holds nothing."""
+    """If another process takes the memory, the model stays asleep, and holds nothing."""
     cuda = FakeCuda(total=10 * STEP)
     one = Tenant(cuda)
     one.allocate(8)
@@ -500,7 +500,7 @@ def test_another_process_may_take_the_memory_between_two_slices() -> None:
 
 @pytest.mark.parametrize("end", ["free", "close", "sleep"])
 def test_a_model_may_be_told_anything_in_the_middle_of_a_wake(end: str) -> None:
-    """What has been taken is given back with the rest, or stays."""
+    """In a wake a model may be freed, closed or put to sleep; what was taken goes or stays."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     first, _ = one.allocate(6), one.allocate(4, KV)
@@ -521,7 +521,7 @@ def test_a_model_may_be_told_anything_in_the_middle_of_a_wake(end: str) -> None:
 
 
 def test_there_is_nothing_to_be_done_for_a_model_that_is_awake() -> None:
-    """Neither slices nor giving up touch its memory."""
+    """Neither slices nor a cancelled wake touch the memory of an awake model."""
     cuda = FakeCuda()
     one = Tenant(cuda)
     one.allocate(3)
@@ -533,7 +533,7 @@ def test_there_is_nothing_to_be_done_for_a_model_that_is_awake() -> None:
     one.check()
 
 
-# --- calls that fail ----------------------------------------------------------------------------
+# --- failing calls ------------------------------------------------------------------------------
 
 
 def allocate(one: Tenant) -> None:
@@ -594,7 +594,7 @@ def close_asleep(one: Tenant) -> None:
 
 
 def failures(do: Callable[[Tenant], None]) -> Iterator[str]:
-    """Have each driver call of `do` fail once, everything made anew; yields the calls' names."""
+    """Make each driver call of `do` fail once, on a new device each time; yield their names."""
     for place in range(1000):
         cuda = FakeCuda()
         one, other = Tenant(cuda), Tenant(cuda, seed=2)
@@ -610,7 +610,7 @@ def failures(do: Callable[[Tenant], None]) -> Iterator[str]:
         check_books(cuda, one, other)
         one.check()
         other.check()
-        # Nothing is lost: what has failed goes well the next time.
+        # Nothing is lost: the failed operation succeeds the next time.
         if one.content and not one.memory.is_asleep:
             one.sleep()
         one.memory.wake()
@@ -663,7 +663,7 @@ def failures(do: Callable[[Tenant], None]) -> Iterator[str]:
 def test_a_driver_call_that_fails_once_costs_nobody_anything(
     do: Callable[[Tenant], None], calls: set[str]
 ) -> None:
-    """Wherever it is: others are whole, the books are right, and the next attempt goes well."""
+    """After one failing call, wherever it is, others are intact, and the next attempt succeeds."""
     assert calls <= set(failures(do))
 
 
@@ -686,7 +686,7 @@ Action = tuple[str, int, int]
 
 
 class World:
-    """Several models on a device with a limit, one action after the other."""
+    """Several models on a device with a limit; one action after the other."""
 
     def __init__(self, models: int, total: int) -> None:
         self.cuda = FakeCuda(total=total)
@@ -758,7 +758,7 @@ class World:
 def test_models_keep_what_is_theirs_in_any_order(
     actions: list[Action], models: int, steps: int
 ) -> None:
-    """Under a limit that is never exceeded; nothing is left in the end."""
+    """Models keep their contents; the limit is never exceeded, and nothing is left at the end."""
     world = World(models, steps * STEP)
     for action in actions:
         world.act(action)
@@ -766,7 +766,7 @@ def test_models_keep_what_is_theirs_in_any_order(
 
 
 def test_every_byte_is_accounted_for_over_a_thousand_operations() -> None:
-    """Of four models, in random order, a close among a hundred."""
+    """Every byte of four models is accounted for, in random order, with occasional closes."""
     chance = random.Random(4)  # noqa: S311
     weights = [20, 10, 8, 20, 20, 10, 5, 1, 6, 20, 5]
     world = World(4, 40 * STEP)
@@ -785,7 +785,7 @@ def test_every_byte_is_accounted_for_over_a_thousand_operations() -> None:
 def test_a_range_is_what_is_inside_and_what_is_outside(
     ranges: list[Range], start: int, nbytes: int
 ) -> None:
-    """Of any ranges, overlapping ones too."""
+    """A range is its inside and outside parts, for all ranges, overlapping ones too."""
     covered = {place for low, size in ranges for place in range(low, low + size)}
     whole = set(range(start, start + nbytes))
     united = merged(ranges)

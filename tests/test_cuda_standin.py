@@ -1,6 +1,6 @@
-"""The stand-in for a CUDA device: its books and failures by order; the rehearsal's environment.
+"""The stand-in for a CUDA device: accounting, failures on demand, rehearsal's environment.
 
-What needs NVIDIA's headers is tried by `make rehearse-cuda` itself.
+Parts that need NVIDIA's headers are tested by `make rehearse-cuda` itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ int main(void) {
 
 @needs_gcc
 def test_the_board_is_the_same_in_c_and_python(tmp_path: Path) -> None:
-    """A test writes where the driver reads."""
+    """A test writes to it, and the driver reads it."""
     (tmp_path / "layout.c").write_text(LAYOUT)
     program = tmp_path / "layout"
     gcc(f"-I{HERE}", tmp_path / "layout.c", "-o", program)
@@ -49,7 +49,7 @@ def test_the_board_is_the_same_in_c_and_python(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The device's books as a library, without the driver."""
+    """The device's accounting as a library, without the driver."""
     library = tmp_path_factory.mktemp("books") / "libbooks.so"
     gcc("-shared", "-fPIC", HERE / "device.c", "-o", library, "-ldl", "-lpthread")
     return library
@@ -66,7 +66,7 @@ place = (ctypes.c_void_p * 1)()
 
 
 def run(books: Path, board: Path, work: str, **settings: str) -> str:
-    """Do something with the device in a process of its own."""
+    """Run some work with the device in a separate process."""
     environment = {
         **os.environ,
         "FAKEGPU_BOARD": str(board),
@@ -81,7 +81,7 @@ def run(books: Path, board: Path, work: str, **settings: str) -> str:
 
 @needs_gcc
 def test_the_device_has_the_size_that_it_is_given(books: Path, tmp_path: Path) -> None:
-    """A context takes some, others take some, and what does not fit is refused."""
+    """A context and other processes take some of it; an allocation that does not fit is refused."""
     board = Board(tmp_path / "board")
     board.others = 4 * MIB
     work = (
@@ -99,7 +99,7 @@ def test_the_device_has_the_size_that_it_is_given(books: Path, tmp_path: Path) -
 
 @needs_gcc
 def test_a_call_fails_once_where_a_test_wants_it(books: Path, tmp_path: Path) -> None:
-    """The how many-th of that name, and no other; all are counted."""
+    """Only the chosen call of that name fails, once; all calls are counted."""
     board = Board(tmp_path / "board")
     work = "print([books.standin_call(place, b'cuMemMap') for _ in range(4)])"
 
@@ -113,14 +113,14 @@ def test_a_call_fails_once_where_a_test_wants_it(books: Path, tmp_path: Path) ->
 
 @needs_gcc
 def test_a_failure_may_be_ordered_by_the_environment(books: Path, tmp_path: Path) -> None:
-    """For a program that no test talks to."""
+    """The environment can make a call fail in programs that no test controls."""
     work = "print([books.standin_call(place, b'cuMemMap') for _ in range(3)])"
 
     assert run(books, tmp_path / "board", work, FAKEGPU_FAIL="cuMemMap:2") == "[0, 999, 0]"
 
 
 def test_functions_are_told_from_a_header() -> None:
-    """By the names that the library exports."""
+    """Functions in a header have the names that the library exports."""
     header = (
         "#define cuMemAlloc cuMemAlloc_v2\n"
         "#define CUDA_VERSION 13000\n"
@@ -132,7 +132,7 @@ def test_functions_are_told_from_a_header() -> None:
 
 
 def test_programs_find_the_stand_in_before_what_they_have() -> None:
-    """Libraries by the loader's variables, and made-up tokens by Python's."""
+    """The loader's variables select the stand-in's libraries, and Python's made-up tokens."""
     found = environment(Path("/standin"), {"PYTHONPATH": "/mine"})
 
     assert found["LD_LIBRARY_PATH"] == "/standin"
@@ -141,7 +141,7 @@ def test_programs_find_the_stand_in_before_what_they_have() -> None:
 
 
 def test_the_rehearsal_has_vllms_build_for_cuda() -> None:
-    """And not the one for CPUs, whose module has the same name."""
+    """The rehearsal uses vLLM's build for CUDA, not the one for CPUs with the same module."""
     packages = rehearse_cuda.packages()
 
     assert {"vllm", "triton", "torch", "pytest"} <= set(packages)
@@ -151,7 +151,7 @@ def test_the_rehearsal_has_vllms_build_for_cuda() -> None:
 
 
 def test_every_part_of_the_rehearsal_is_there() -> None:
-    """Each has its tests, and a limit of time."""
+    """Each part of the rehearsal has its tests, and a time limit."""
     for part in rehearse_cuda.PARTS:
         assert (rehearse_cuda.ROOT / part.tests).is_file()
         assert 0 < part.limit_s <= 3600

@@ -1,6 +1,6 @@
 """Memory of models under torch's own pools. Needs a CUDA device, or a stand-in for its driver.
 
-What a stand-in shows is memory, not numbers: nothing here runs a kernel but copies.
+A stand-in shows memory, not numbers: no kernels run here except copies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BYTES: Any = {"dtype": torch.uint8, "device": "cuda"}
 
 
 CHUNK = 4 * MIB
-"""So small that most of what is allocated here has several."""
+"""So small that most allocations here have several."""
 
 
 def used() -> int:
@@ -41,7 +41,7 @@ def used() -> int:
 
 @pytest.fixture(autouse=True)
 def everything_is_given_back() -> Iterator[None]:
-    """To the byte, by each test."""
+    """Each test releases everything, to the byte."""
     torch.zeros(1, device="cuda")
     torch.cuda.empty_cache()
     before = used()
@@ -52,7 +52,7 @@ def everything_is_given_back() -> Iterator[None]:
 
 
 class Model:
-    """Weights, KV memory, and something else in the pool of the KV memory, as vLLM 0.26 has it."""
+    """Weights, KV memory, and another tensor in the pool of the KV memory, as in vLLM 0.26."""
 
     def __init__(self, seed: int, kv_mib: int = 40, while_loading_mib: int = 64) -> None:
         self.seed, self.written = seed, 9
@@ -100,7 +100,7 @@ class Model:
 
 
 def test_models_sleep_and_wake_at_their_addresses() -> None:
-    """Over and over, without growth; what the load has used for a while is gone."""
+    """Repeated sleeps and wakes do not grow; scratch memory of the load is gone."""
     base = used()
     one, two = Model(1), Model(2)
     both, where = used(), [weight.data_ptr() for weight in one.weights]
@@ -125,7 +125,7 @@ def test_models_sleep_and_wake_at_their_addresses() -> None:
 
 
 def test_a_model_wakes_in_slices_while_another_one_works() -> None:
-    """A bounded part at a time; given up in the middle it holds nothing, and then it goes on."""
+    """Each slice is bounded; after a cancelled wake it holds nothing, and a new wake completes."""
     base = used()
     one, two = Model(1), Model(2)
     both = used()
@@ -156,7 +156,7 @@ def test_a_model_wakes_in_slices_while_another_one_works() -> None:
 
 
 def test_a_wake_without_room_leaves_the_others_whole() -> None:
-    """And goes well once there is some."""
+    """A wake without room leaves other models whole, and succeeds once there is room."""
     one, two = Model(1), Model(2)
     one.sleep()
     hog = torch.empty(torch.cuda.mem_get_info()[0] - 8 * MIB, **BYTES)
@@ -174,7 +174,7 @@ def test_a_wake_without_room_leaves_the_others_whole() -> None:
 
 
 def test_a_load_that_does_not_fit_leaves_nothing() -> None:
-    """Torch says so, and the next load goes well."""
+    """A load without room raises torch's error and leaves nothing; the next load succeeds."""
     pools = ModelPools(ModelMemory(Driver(0)))
     step = torch.cuda.mem_get_info()[1] // 4
     tensors = []
@@ -190,7 +190,7 @@ def test_a_load_that_does_not_fit_leaves_nothing() -> None:
 
 
 def test_torch_is_not_asked_for_one_pool() -> None:
-    """It would give back a reference that it does not own: a crash after 128 loads or so."""
+    """A query for one pool would release a foreign reference: a crash after about 128 loads."""
     number = int("100000")
     pool = SimpleNamespace(id=(0, number), snapshot=lambda: torch.cuda.memory_snapshot((0, number)))
     before = sys.getrefcount(number)
@@ -201,7 +201,7 @@ def test_torch_is_not_asked_for_one_pool() -> None:
 
 
 def test_tensors_that_outlive_their_pools_take_their_memory_with_them() -> None:
-    """Those of a load that has failed, which nobody closes, and one that somebody has kept."""
+    """The memory goes with the last tensor, of a failed load or one that is still in use."""
     failed = Model(4)
     left = failed.weights
     failed.pools = None  # type: ignore[assignment]
@@ -216,12 +216,12 @@ def test_tensors_that_outlive_their_pools_take_their_memory_with_them() -> None:
 
 
 OPERATIONS = {"load": 2, "sleep": 3, "wake": 3, "write": 3, "unload": 1}
-"""With weights."""
+"""Operations with their relative frequencies."""
 
 
 @pytest.mark.timeout(900)
 def test_every_byte_is_accounted_for_in_any_order() -> None:
-    """A thousand loads, sleeps, wakes, steps and unloads of four models."""
+    """Every byte is accounted for in a thousand loads, sleeps, wakes, steps and unloads."""
     chance, base = random.Random(5), used()  # noqa: S311
     models: dict[int, Model] = {}
     done: Counter[str] = Counter()
@@ -256,7 +256,7 @@ def test_every_byte_is_accounted_for_in_any_order() -> None:
 
 
 def test_held_bytes_are_what_the_device_says() -> None:
-    """A model that sleeps holds nothing, and torch keeps nothing."""
+    """A sleeping model holds nothing, and torch keeps nothing."""
     device = CudaDevice()
     before = device.held_bytes()
     model = Model(6)
@@ -273,7 +273,7 @@ def test_held_bytes_are_what_the_device_says() -> None:
 
 
 class Graph:
-    """Captured as vLLM does it: warmed up on the stream of the capture, and then captured."""
+    """Captured like vLLM's: warmed up on the stream of the capture, and then captured."""
 
     def __init__(self, stream: Any) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -286,11 +286,11 @@ class Graph:
             self.output = self.weight @ self.weight
         torch.cuda.empty_cache()
         self.segments = addresses()
-        """What is there once it has been captured."""
+        """Segments that exist once it has been captured."""
 
 
 def addresses(pool: Any = None) -> set[int]:
-    """Of torch's segments, of one pool or of all."""
+    """Return the addresses of torch's segments, of one pool or of all."""
     return {
         segment["address"]
         for segment in torch.cuda.memory_snapshot()
@@ -314,7 +314,7 @@ def no_workspaces() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_workspaces")
 def test_nothing_vanishes_that_a_graph_may_know() -> None:
-    """Its workspace is in its own memory, where it stays whatever is cleared."""
+    """A graph's workspace is in the graph's own memory, and stays there whatever is cleared."""
     graph = Graph(torch.cuda.Stream())
 
     forget_workspaces()
@@ -324,7 +324,7 @@ def test_nothing_vanishes_that_a_graph_may_know() -> None:
 
 @pytest.mark.usefixtures("no_workspaces")
 def test_an_unload_takes_no_workspace_of_another_models_graphs() -> None:
-    """Streams repeat, so that two models may have the same one; each one's memory goes with it."""
+    """Models may share a stream, as streams repeat; each workspace goes with its own model."""
     before, stream = used(), torch.cuda.Stream()
     one, first = Model(1), Graph(stream)
     two, second = Model(2), Graph(stream)
@@ -341,7 +341,7 @@ def test_an_unload_takes_no_workspace_of_another_models_graphs() -> None:
 
 @pytest.mark.usefixtures("no_workspaces")
 def test_a_workspace_that_a_load_has_made_does_not_sleep() -> None:
-    """It would be that of all models' steps on the same stream."""
+    """A workspace from a load stays awake: it would serve all models' steps on the stream."""
     pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))
     with pools.allocating("weights"):
         weight = torch.empty(256, 256, device="cuda")
@@ -353,7 +353,7 @@ def test_a_workspace_that_a_load_has_made_does_not_sleep() -> None:
 
 
 def test_what_is_kept_for_the_whole_process_does_not_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever makes it first does so while its own weights are loaded."""
+    """Shared tensors stay awake, although the first model makes them while it loads."""
     module: Any = ModuleType("vllm.of_a_test")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     pools = ModelPools(ModelMemory(Driver(torch.cuda.current_device())))

@@ -1,4 +1,4 @@
-"""A GPU worker as one of several of a process: what it does otherwise than vLLM's own."""
+"""A GPU worker that shares its process with others: the differences to vLLM's own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class FakePool:
         return int(address)
 
     def let_go(self, tensor: Tensor) -> None:
-        """The tensor is gone; torch keeps its memory."""
+        """Drop the tensor; torch keeps its memory."""
         address = tensor.storage.address
         self.spare[address] = self.used.pop(address)
 
@@ -76,7 +76,7 @@ class FakePool:
 
 
 class FakeTorch:
-    """Torch, as far as it is asked here. `told` are the calls that have no result."""
+    """The part of torch that is used here. `told` are the calls without a result."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -127,7 +127,7 @@ class FakeTorch:
         return Tensor(self.current, nbytes)
 
     def forget(self, *tensors: Tensor) -> None:
-        """Nobody has these tensors any more, and torch gives back what is free."""
+        """Drop all references to these tensors; torch releases what is free."""
         for tensor in tensors:
             assert tensor.pool is not None
             tensor.pool.let_go(tensor)
@@ -136,7 +136,7 @@ class FakeTorch:
 
 
 class Worker:
-    """vLLM's, as far as it matters: what it asks for, and in which order."""
+    """The part of vLLM's worker that matters: its allocations, and their order."""
 
     asks_for = ("weights", "runtime", "kv_cache", "workspace")
 
@@ -160,7 +160,7 @@ class Worker:
             raise ValueError("no such device")
 
     def load(self) -> None:
-        """What an engine has done by the end of a load."""
+        """Do what an engine has done by the end of a load."""
         self.init_device()
         sizes = {"weights": 3 * STEP, "kv_cache": 4 * STEP}
         for tag in self.asks_for:
@@ -193,7 +193,7 @@ class Worker:
 
 
 class Hosted(HostedOnCuda, Worker):
-    """Ours, on the fake device."""
+    """Our worker, on the fake device."""
 
     def __init__(self, cuda: FakeCuda, kv_bytes: int | None = 4 * STEP) -> None:
         self._torch = FakeTorch()
@@ -214,7 +214,7 @@ def loaded(cuda: FakeCuda | None = None) -> Hosted:
 
 
 def test_a_second_model_does_not_need_most_of_the_device() -> None:
-    """vLLM demands that so much is free for each; it is told less, and only there."""
+    """During a load the required share of free memory is lowered, so that a second model fits."""
     worker = loaded()
 
     assert [0.001] == worker.demanded
@@ -222,7 +222,7 @@ def test_a_second_model_does_not_need_most_of_the_device() -> None:
 
 
 def test_the_demand_is_as_it_was_after_a_load_that_failed() -> None:
-    """The configuration is the model's, not the load's."""
+    """After a failed load the required share is as before: it is the model's configuration."""
     worker = Hosted(FakeCuda())
     worker.fails = True
 
@@ -234,14 +234,14 @@ def test_the_demand_is_as_it_was_after_a_load_that_failed() -> None:
 
 
 def test_kv_memory_is_never_measured() -> None:
-    """vLLM would count on nobody else on the device, and clear everybody's graphs."""
+    """KV memory is never measured: vLLM's way assumes a device of its own, and clears graphs."""
     with pytest.raises(HotswapError, match="set kv_cache_memory_bytes"):
         Hosted(FakeCuda(), kv_bytes=None).load()
 
 
 @pytest.mark.parametrize("asks_for", [("weights", "kv_cache"), Worker.asks_for])
 def test_weights_and_kv_memory_are_in_pools_of_their_own(asks_for: tuple[str, ...]) -> None:
-    """In the form of vLLM 0.26 and of 0.32; what else there is stays with torch."""
+    """Both have pools of their own, for vLLM 0.26 and 0.32; other memory stays with torch."""
     cuda = FakeCuda()
     worker = Hosted(cuda)
     worker.asks_for = asks_for  # type: ignore[misc]
@@ -253,7 +253,7 @@ def test_weights_and_kv_memory_are_in_pools_of_their_own(asks_for: tuple[str, ..
 
 
 def test_two_workers_have_memory_of_their_own() -> None:
-    """One sleeps, and the other one's stays."""
+    """While one worker sleeps, the other's memory stays."""
     cuda = FakeCuda()
     one, two = loaded(cuda), loaded(cuda)
     write(two.tensors["kv_cache"].storage.address, b"two")
@@ -265,7 +265,7 @@ def test_two_workers_have_memory_of_their_own() -> None:
 
 
 def test_workspaces_of_matrix_multiplications_are_cleared_before_captures_and_not_after() -> None:
-    """Graphs know the address of theirs. What it would do to them shows `test_cuda_torch`."""
+    """Workspaces are cleared before captures only: graphs know theirs (see `test_cuda_torch`)."""
     worker = loaded()
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
 
@@ -277,7 +277,7 @@ def test_workspaces_of_matrix_multiplications_are_cleared_before_captures_and_no
 
 
 def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
-    """Torch keeps it in the pool, where nobody will ask for it again."""
+    """Scratch memory of a load is released, although torch keeps it in a pool for good."""
     cuda = FakeCuda()
     torch = FakeTorch()
     pools = ModelPools(ModelMemory(Driver(0, cuda)), torch)
@@ -293,7 +293,7 @@ def test_memory_that_a_load_has_used_for_a_while_is_given_back() -> None:
 
 
 def test_tensors_in_what_vllm_has_frozen_are_found(caplog: pytest.LogCaptureFixture) -> None:
-    """Objects that know each other, as those of adapters do, and that no collection looks at."""
+    """Tensors are found in objects that refer to each other and that no collection visits."""
     cuda = FakeCuda()
     torch = FakeTorch()
     pools = ModelPools(ModelMemory(Driver(0, cuda)), torch)
@@ -319,7 +319,7 @@ def test_tensors_in_what_vllm_has_frozen_are_found(caplog: pytest.LogCaptureFixt
 
 
 def test_a_worker_may_do_without_memory_of_its_own() -> None:
-    """It does not sleep then; it is content with little all the same, and leaves nothing."""
+    """A worker without own memory does not sleep; it needs as little room, and leaves nothing."""
     worker = Hosted(cuda := FakeCuda())
     worker.has_pools = False
     worker.load()
@@ -339,7 +339,7 @@ def test_a_worker_may_do_without_memory_of_its_own() -> None:
 
 
 def test_no_garbage_is_collected_while_torch_may_call_back() -> None:
-    """Another thread that collects some would wait for torch's lock, and torch for its own."""
+    """A collecting thread would wait for torch's lock, and torch would wait for the GIL."""
     torch = FakeTorch()
     pools = ModelPools(ModelMemory(Driver(0, FakeCuda())), torch)
     assert gc.isenabled()
@@ -352,7 +352,7 @@ def test_no_garbage_is_collected_while_torch_may_call_back() -> None:
 
 
 def test_a_load_that_does_not_fit_fails_as_torch_has_it(caplog: pytest.LogCaptureFixture) -> None:
-    """Torch raises its own error; the callback has told why in the log."""
+    """A load without room fails with torch's own error; the callback has logged the reason."""
     caplog.set_level(logging.INFO, "vllm_hotswap.host")
     cuda = FakeCuda(total=5 * STEP)
 
@@ -367,7 +367,7 @@ def test_a_load_that_does_not_fit_fails_as_torch_has_it(caplog: pytest.LogCaptur
 
 
 def test_a_worker_sleeps_and_wakes() -> None:
-    """Weights are as they were, KV memory is zero."""
+    """After a wake weights are as they were, and KV memory is zero."""
     worker = loaded(cuda := FakeCuda())
     weights, kv = (worker.tensors[tag].storage.address for tag in ("weights", "kv_cache"))
     write(weights, b"weights"), write(kv, b"kv")
@@ -382,7 +382,7 @@ def test_a_worker_sleeps_and_wakes() -> None:
 
 
 def test_there_is_no_second_level() -> None:
-    """It is refused, and nothing is done."""
+    """A sleep at level 2 is refused, and nothing is done."""
     worker = loaded(cuda := FakeCuda())
 
     with pytest.raises(NotImplementedError, match="sleep level 2"):
@@ -407,7 +407,7 @@ def test_there_is_no_second_level() -> None:
 def test_weights_are_copied_again_where_something_may_have_written_to_them(
     change: Any, times: int
 ) -> None:
-    """Slots of adapters, experts that move, a trainer's; otherwise they are copied once."""
+    """Weights that adapters, experts or a trainer may change are copied again, others once."""
     worker = loaded(cuda := FakeCuda())
     worker.sleep()
     worker.wake_up()
@@ -419,7 +419,7 @@ def test_weights_are_copied_again_where_something_may_have_written_to_them(
 
 
 def test_a_wake_takes_what_torch_keeps_before_it_gives_up() -> None:
-    """Steps of other models leave memory that is free, and torch's."""
+    """A wake without room first takes what torch keeps free after steps of other models."""
     cuda = FakeCuda(total=8 * STEP)
     worker = loaded(cuda)
     worker.sleep()
@@ -433,7 +433,7 @@ def test_a_wake_takes_what_torch_keeps_before_it_gives_up() -> None:
 
 
 def test_a_wake_without_room_says_so() -> None:
-    """And can be tried again."""
+    """A wake without room reports it, and can be tried again."""
     cuda = FakeCuda(total=8 * STEP)
     worker = loaded(cuda)
     worker.sleep()
@@ -451,7 +451,7 @@ def test_a_wake_without_room_says_so() -> None:
 
 
 class Ranks:
-    """The workers of one model, asked as by vLLM: what one raises is a text."""
+    """The workers of one model, called as vLLM does: an exception of one becomes text."""
 
     def __init__(self, *cudas: FakeCuda) -> None:
         self.cudas = cudas
@@ -473,7 +473,7 @@ class Ranks:
 
 
 def scarce_for(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no host memory for the copies of one device."""
+    """Deny host memory for the copies of one device."""
     made = cuda_memory.HostCopy
 
     def make(driver: Driver, nbytes: int) -> cuda_memory.HostCopy:
@@ -485,7 +485,7 @@ def scarce_for(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_workers_of_a_model_sleep_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has no host memory is asked before another has given anything back."""
+    """A worker without host memory is found before another has released anything."""
     ranks = Ranks(FakeCuda(), FakeCuda())
     with monkeypatch.context() as patch:
         scarce_for(ranks.cudas[1], patch)
@@ -499,7 +499,7 @@ def test_all_workers_of_a_model_sleep_or_none(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_weights_are_copied_once_for_a_sleep_of_several_workers() -> None:
-    """Also those that may change from sleep to sleep."""
+    """For several workers weights are copied once, even those that may change between sleeps."""
     ranks = Ranks(FakeCuda(), FakeCuda())
     for worker in ranks.workers:
         worker.lora_config = "adapters"
@@ -511,7 +511,7 @@ def test_weights_are_copied_once_for_a_sleep_of_several_workers() -> None:
 
 
 def test_all_workers_of_a_model_wake_or_none() -> None:
-    """One without room has the others give back what they have taken."""
+    """If one lacks room, the others release what they have taken."""
     ranks = Ranks(FakeCuda(), FakeCuda(total=8 * STEP))
     ranks("sleep")
     ranks.cudas[1].others = 4 * STEP
@@ -526,7 +526,7 @@ def test_all_workers_of_a_model_wake_or_none() -> None:
 
 
 def test_all_workers_of_a_model_wake_in_slices_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Progress is that of all; without room for one of them, none holds anything."""
+    """All workers wake in slices with one progress; if one lacks room, none holds anything."""
     monkeypatch.setattr(cuda_hosting, "reserve_bytes", lambda total: total // 8)
     ranks = Ranks(FakeCuda(total=16 * STEP), FakeCuda(total=16 * STEP))
     ranks("sleep")
@@ -544,7 +544,7 @@ def test_all_workers_of_a_model_wake_in_slices_or_none(monkeypatch: pytest.Monke
 
 
 def test_want_of_room_is_told_although_it_cannot_be_undone() -> None:
-    """The first cause counts, whether a worker has raised it or answered it."""
+    """The first lack of room is reported, whether a worker raised it or returned it."""
 
     def rpc(method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         if method == "give_up_wake":
@@ -556,7 +556,7 @@ def test_want_of_room_is_told_although_it_cannot_be_undone() -> None:
 
 
 def test_a_worker_that_fails_has_the_others_undo_what_they_did() -> None:
-    """The cause is told, whatever comes of the rest."""
+    """If a worker fails, the others undo their part, and the cause is reported in any case."""
     ranks = Ranks(FakeCuda(), FakeCuda())
     ranks("sleep")
     ranks.cudas[1].refuses = {"cuMemMap"}
@@ -571,7 +571,7 @@ def test_a_worker_that_fails_has_the_others_undo_what_they_did() -> None:
 
 
 def unload(worker: Hosted, *left: str) -> None:
-    """What `HostedEngine` does; `left` are tags whose tensors somebody has kept."""
+    """Unload as `HostedEngine` does; `left` are tags whose tensors are still referenced."""
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
     pools = pools_of(
         {"model_executor": SimpleNamespace(driver_worker=SimpleNamespace(worker=worker))}
@@ -583,7 +583,7 @@ def unload(worker: Hosted, *left: str) -> None:
 
 @pytest.mark.parametrize("asleep", [False, True])
 def test_an_unload_gives_everything_back(asleep: bool) -> None:
-    """Whether the model sleeps or not, over and over."""
+    """An unload releases everything, repeatedly, whether or not the model sleeps."""
     cuda = FakeCuda()
     known = set(cuda_pools._functions)
     for _ in range(12):
@@ -603,7 +603,7 @@ def test_an_unload_gives_everything_back(asleep: bool) -> None:
 def test_memory_of_a_tensor_that_somebody_has_kept_goes_with_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """To take it away earlier would end the process at its next use."""
+    """Memory of a referenced tensor stays until the tensor goes: its next use would crash."""
     cuda = FakeCuda()
     worker = loaded(cuda)
     unload(worker, "weights")
@@ -623,7 +623,7 @@ def test_memory_of_a_tensor_that_somebody_has_kept_goes_with_it(
 def test_what_an_unload_cannot_give_back_is_given_back_a_little_later(
     call: str, asleep: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A call that fails once, wherever it is, leaves nothing, and nobody has kept a tensor."""
+    """After one failed call in an unload, a later attempt releases everything."""
     for place in range(100):
         cuda = FakeCuda()
         worker = loaded(cuda)
@@ -641,7 +641,7 @@ def test_what_an_unload_cannot_give_back_is_given_back_a_little_later(
 
 
 def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:
-    """Also for tensors of a load that has failed, which are gone after its worker."""
+    """Our functions live as long as torch may call them, even after a failed load's worker."""
     cuda = FakeCuda()
     worker = loaded(cuda)
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
@@ -655,7 +655,7 @@ def test_what_torch_calls_lives_as_long_as_it_may_be_called() -> None:
 
 
 def test_graphs_go_at_once() -> None:
-    """And not with a garbage collection; a worker that has failed early has none."""
+    """Graphs go without a garbage collection; a worker that failed early has none."""
     worker = loaded()
     worker.let_go_of_graphs()
     assert {} == worker.model_runner.cudagraph_manager.graphs
@@ -664,7 +664,7 @@ def test_graphs_go_at_once() -> None:
 
 
 def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those in wrappers, of which vLLM knows all."""
+    """Graphs in wrappers, all of which vLLM knows, go at once, too."""
     cleared: list[str] = []
     for module, name in cuda_hosting.WRAPPERS:
         wrapper = SimpleNamespace(clear_all_graphs=lambda name=name: cleared.append(name))
@@ -676,7 +676,7 @@ def test_graphs_of_parts_of_a_model_go_at_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_end_of_a_worker_process_leaves_nothing_for_torch_to_call() -> None:
-    """Its interpreter takes our functions apart before torch's pools."""
+    """A worker process leaves no functions: its interpreter destroys them before torch's pools."""
     worker = loaded(cuda := FakeCuda())
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
     in_pools = [tensor for tensor in worker.tensors.values() if tensor.pool]
@@ -692,7 +692,7 @@ def test_the_end_of_a_worker_process_leaves_nothing_for_torch_to_call() -> None:
 
 
 def test_what_is_kept_for_the_whole_process_lies_elsewhere() -> None:
-    """It is asked for after each time that something was allocated."""
+    """Memory for the whole process is found after each allocation, and lies elsewhere."""
     worker = loaded()
     torch: FakeTorch = worker._torch  # type: ignore[assignment]
     inside = torch.moved[-1]
@@ -704,6 +704,6 @@ def test_what_is_kept_for_the_whole_process_lies_elsewhere() -> None:
 
 
 def test_a_worker_of_another_kind_has_no_pools() -> None:
-    """Nor has an engine that could not be made."""
+    """Workers of another kind have no pools, nor has an engine whose creation failed."""
     assert pools_of({}) is None
     assert pools_of({"model_executor": SimpleNamespace(driver_worker=None)}) is None

@@ -1,4 +1,4 @@
-"""The demo: what it writes, what it prints, and that what it prints works when it is pasted."""
+"""The demo: its files and its output; every printed command works when it is pasted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_configuration_that_was_edited_is_left_alone(tmp_path: Path) -> None:
-    """The message names it, and nothing is written beside it."""
+    """The refusal names the edited file, and nothing is written beside it."""
     (tmp_path / "models.yaml").write_text("models: {mine: {model: org/mine}}")
 
     with pytest.raises(ConfigError, match="exists with other content; name another folder"):
@@ -38,19 +38,19 @@ def test_a_configuration_that_was_edited_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_writing_again_changes_nothing(tmp_path: Path) -> None:
-    """A folder that was written before is as good as an empty one."""
+    """Writing to a folder that was written before changes nothing."""
     first = write(tmp_path).read_text()
 
     assert first == write(tmp_path).read_text()
 
 
 def printed(text: str) -> list[str]:
-    """The commands in what was printed."""
+    """Return the commands in the printed text."""
     return [line.removeprefix("$ ") for line in text.splitlines() if line.startswith("$ ")]
 
 
 def shell(command: str, **kwargs: object) -> str:
-    """What a command prints on standard output; it must succeed."""
+    """Return what a command prints on standard output; it must succeed."""
     ran = subprocess.run(
         ["/bin/sh", "-c", command],
         capture_output=True,
@@ -66,7 +66,7 @@ def shell(command: str, **kwargs: object) -> str:
 def test_requests_are_printed_as_commands_that_get_the_same_answer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As they stand, whatever is in them."""
+    """Each request is printed as a command that works, whatever characters it has."""
     question = "What's \"up\" in 'Köln'? $HOME `ls` \\n"
     with (
         listening_server() as running,
@@ -88,7 +88,7 @@ def test_requests_are_printed_as_commands_that_get_the_same_answer(
 
 
 def test_what_to_do_next_works_as_it_is_printed(tmp_path: Path) -> None:
-    """The models are written, and can be served."""
+    """The printed next steps work: the models are written, and can be served."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     _, writing = printed(closing(8000))
 
@@ -100,7 +100,7 @@ def test_what_to_do_next_works_as_it_is_printed(tmp_path: Path) -> None:
 def test_command_that_a_missing_file_is_answered_with_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it is printed, with a folder in the place of DIR."""
+    """The command for a missing file works as printed, with a folder in the place of DIR."""
     monkeypatch.chdir(tmp_path)
     assert 1 == main(["check", "models.yaml"])
     (command,) = re.findall("`vllm-hotswap (.*?)`", capsys.readouterr().err)
@@ -110,7 +110,7 @@ def test_command_that_a_missing_file_is_answered_with_works(
 
 
 def test_the_end_says_how_to_go_on_at_the_same_address() -> None:
-    """So that the commands above it can be pasted. The models are as many as are served."""
+    """The end names the served models, and keeps the address, so that commands can be pasted."""
     serving, _ = printed(closing(8123))
 
     assert serving.endswith(" demo --serve --port 8123")
@@ -121,7 +121,7 @@ def test_the_end_says_how_to_go_on_at_the_same_address() -> None:
 def test_steps_of_the_start_are_shown_as_they_come(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is under way is said before the log has a line; each line of the log once."""
+    """A step is shown before the log has a line for it; each line of the log is shown once."""
     log = tmp_path / "server.log"
     steps = Steps(log)
     steps.show()
@@ -142,7 +142,7 @@ def test_steps_of_the_start_are_shown_as_they_come(
 def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the error is one line."""
+    """A failed start shows the end of the log, and an error of one line."""
     monkeypatch.setattr(demo, "SERVER_MODULE", "vllm_hotswap.nowhere")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
@@ -157,7 +157,7 @@ def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(
 def test_a_port_that_is_taken_is_left_to_who_has_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The demo takes another one."""
+    """If its port is taken, the demo uses another one."""
     monkeypatch.setattr(demo, "SERVER_MODULE", "vllm_hotswap.nowhere")
     with listening_server() as running:
         port = int(running.url.rpartition(":")[2])
@@ -191,7 +191,7 @@ def ask(client):
 
 
 def test_a_signal_that_wakes_nobody_ends_a_demo_too(tmp_path: Path) -> None:
-    """One that arrives just before an answer is read."""
+    """A signal that arrives just before an answer is read ends the demo, too."""
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     program = INTERRUPTED_DEMO + WAITING_DEMO.replace(
         'lambda client: demo.chat(client, "llama")', "ask"
@@ -213,13 +213,13 @@ def test_a_signal_that_wakes_nobody_ends_a_demo_too(tmp_path: Path) -> None:
     [
         (signal.SIGTERM, 143, 0),
         (signal.SIGHUP, 129, 0),
-        (signal.SIGKILL, -signal.SIGKILL, 1),  # nobody is left to remove the folder
+        (signal.SIGKILL, -signal.SIGKILL, 1),  # nothing removes the folder later
     ],
 )
 def test_a_demo_that_is_told_to_stop_leaves_no_server(
     number: signal.Signals, status: int, left: int, tmp_path: Path
 ) -> None:
-    """And no folder. A server that outlives it would keep the port for good."""
+    """A stopped demo leaves no folder, and no server, which would keep the port for ever."""
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     demo_process = subprocess.Popen(
         [sys.executable, "-c", WAITING_DEMO, str(free_port())],

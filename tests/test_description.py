@@ -10,7 +10,7 @@ from vllm_hotswap.access import Access
 
 
 async def test_description_lists_exactly_our_own_routes(server: Server) -> None:
-    """Every method and path of the table that is not vLLM's, and no other one."""
+    """The description has all methods and paths of the table that are not vLLM's, and no others."""
     description = (await server.get("/admin/openapi.json")).json()
 
     described = {
@@ -28,7 +28,7 @@ async def test_description_lists_exactly_our_own_routes(server: Server) -> None:
 
 
 async def test_description_tells_roles_bodies_and_errors(server: Server) -> None:
-    """From the models that check the requests, and from the errors themselves."""
+    """Bodies come from the models that check the requests, errors from the errors themselves."""
     description = (await server.get("/admin/openapi.json")).json()
 
     sleep = description["paths"]["/admin/models/{alias}/sleep"]["post"]
@@ -44,7 +44,7 @@ async def test_description_tells_roles_bodies_and_errors(server: Server) -> None
 
 
 async def test_every_operation_has_an_id_of_its_own(server: Server) -> None:
-    """Which generators of clients make names of."""
+    """Every operation has its own id, of which client generators make names."""
     paths = (await server.get("/admin/openapi.json")).json()["paths"]
     ids = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
 
@@ -53,7 +53,7 @@ async def test_every_operation_has_an_id_of_its_own(server: Server) -> None:
 
 
 async def test_description_is_the_users(make_server: MakeServer) -> None:
-    """Not everybody's."""
+    """The description needs a user key."""
     server = await make_server(access=Access(user_keys=["user"]))
 
     assert 401 == (await server.get("/admin/openapi.json")).status_code

@@ -1,4 +1,4 @@
-"""Devices: which one a model is on, and how much memory processes hold."""
+"""Devices: which device a model is on, and how much memory processes hold."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ child.wait()
 
 
 def config(worker: str) -> SimpleNamespace:
-    """What of vLLM's configuration is looked at."""
+    """The part of vLLM's configuration that is read."""
     return SimpleNamespace(parallel_config=SimpleNamespace(worker_cls=worker))
 
 
 @contextmanager
 def process(code: str) -> Iterator[int]:
-    """A process that has said that it holds its memory."""
+    """A process that has reported that it holds its memory."""
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as child:
@@ -61,7 +61,7 @@ def process(code: str) -> Iterator[int]:
         child.stdin.close()
 
 
-# --- which one a model is on ----------------------------------------------------------------
+# --- which device a model is on -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def process(code: str) -> Iterator[int]:
 def test_device_is_told_by_the_worker(
     worker: str, kind: type[Device], levels: set[int], is_host_memory: bool
 ) -> None:
-    """With the sleep levels that its workers really have, for one model alone."""
+    """The worker reports the device, with its real sleep levels, for one model alone."""
     device = device_of(config(worker))
 
     assert kind is type(device)
@@ -88,7 +88,7 @@ def test_device_is_told_by_the_worker(
 
 
 def test_cpu_is_given_a_worker_that_can_sleep() -> None:
-    """It stays the same device then."""
+    """A worker that can sleep is chosen for a CPU, which otherwise stays the same device."""
     cpu = config(CPU_WORKER)
 
     device_of(cpu).configure(cpu)
@@ -98,7 +98,7 @@ def test_cpu_is_given_a_worker_that_can_sleep() -> None:
 
 
 def test_cuda_is_given_a_worker_that_sleeps_by_itself() -> None:
-    """It stays the same device then."""
+    """A worker with its own sleep is chosen for CUDA, which otherwise stays the same device."""
     cuda = config(CUDA_WORKER)
 
     device_of(cuda).configure(cuda)
@@ -113,7 +113,7 @@ def test_cuda_is_given_a_worker_that_sleeps_by_itself() -> None:
 def test_cuda_does_without_sleep_where_it_is_told_so(
     monkeypatch: pytest.MonkeyPatch, value: str, worker: str
 ) -> None:
-    """The host, which has no such variable, is told by the worker. Else it is the same device."""
+    """CUDA works without sleep, as the worker tells the host, which lacks the variable."""
     monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", value)
     cuda = config(CUDA_WORKER)
     device_of(cuda).configure(cuda)
@@ -128,7 +128,7 @@ def test_cuda_does_without_sleep_where_it_is_told_so(
 
 
 def test_a_gaudi_is_given_a_worker_that_tells_what_its_sleep_gives_back() -> None:
-    """It stays the same device then."""
+    """A worker that reports its sleep is chosen for a Gaudi, which otherwise stays the same."""
     gaudi = config(GAUDI_WORKER)
 
     device_of(gaudi).configure(gaudi)
@@ -138,7 +138,7 @@ def test_a_gaudi_is_given_a_worker_that_tells_what_its_sleep_gives_back() -> Non
 
 
 def test_rocm_has_no_sleep_although_its_worker_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no driver of NVIDIA's: models are parked or unloaded."""
+    """ROCm has no NVIDIA driver, so models are parked or unloaded."""
     monkeypatch.setattr("torch.version.hip", "6.4")
     rocm = config(CUDA_WORKER)
 
@@ -150,7 +150,7 @@ def test_rocm_has_no_sleep_although_its_worker_is_the_same(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("worker", ["some.other.Worker"])
 def test_other_workers_are_left_as_their_platform_chose_them(worker: str) -> None:
-    """Nothing is configured."""
+    """Workers of other platforms keep all their settings."""
     chosen = config(worker)
 
     device_of(chosen).configure(chosen)
@@ -197,7 +197,7 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch, torch: TorchCuda, has_nvml: bool = 
 def test_base_of_a_cuda_device_is_its_context(
     monkeypatch: pytest.MonkeyPatch, has_nvml: bool, base: int
 ) -> None:
-    """Measured where there is NVML; what others hold is never counted to the engine host."""
+    """The base of a CUDA device is its context, from NVML if possible, without others' memory."""
     memory = on_cuda(monkeypatch, TorchCuda(others=20 * GIB), has_nvml).memory()
 
     assert (80 * GIB, base) == (memory.total, memory.held)
@@ -206,7 +206,7 @@ def test_base_of_a_cuda_device_is_its_context(
 
 
 def test_what_torch_keeps_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device tells what is held, and torch has given back what is free."""
+    """What torch keeps free does not count as held: torch has released it before."""
     cuda = on_cuda(monkeypatch, TorchCuda(used=3 * GIB, cached=5 * GIB))
 
     assert 3 * GIB + GIB // 2 == cuda.held_bytes()
@@ -215,7 +215,7 @@ def test_what_torch_keeps_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torch_keeps_what_is_free_as_long_as_there_is_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A look at a device does not slow steps down for nothing."""
+    """Torch keeps what is free as long as there is enough, so that looks do not slow steps."""
     cuda = on_cuda(monkeypatch, torch := TorchCuda(used=3 * GIB, cached=5 * GIB))
 
     cuda.memory_now(enough_bytes=60 * GIB)
@@ -226,7 +226,7 @@ def test_torch_keeps_what_is_free_as_long_as_there_is_enough(
 
 
 def test_a_device_that_is_full_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may not even be room for the context of this process."""
+    """A full device, without room even for this process's context, gets one line."""
 
     def mem_get_info() -> tuple[int, int]:
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
@@ -249,7 +249,7 @@ def test_a_device_that_is_full_is_told_in_one_line(monkeypatch: pytest.MonkeyPat
 def test_growth_of_the_engine_host_is_its_own(
     monkeypatch: pytest.MonkeyPatch, has_nvml: bool, own: int, others: int
 ) -> None:
-    """Where the device tells whose memory it is; otherwise it counts as others'."""
+    """The host's growth is its own if the device knows whose memory it is, otherwise others'."""
     torch = TorchCuda(others=20 * GIB)
     cuda = on_cuda(monkeypatch, torch, has_nvml)
     base = cuda.memory().held or GIB // 2
@@ -262,20 +262,20 @@ def test_growth_of_the_engine_host_is_its_own(
 
 
 def test_a_device_that_cannot_be_used_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what is wrong, and not with an error of a library."""
+    """A device that cannot be used ends the start with what is wrong, not a library's error."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     with pytest.raises(ConfigError, match="hides every GPU"):
         CudaDevice().memory()
 
 
-# --- how much memory processes hold ---------------------------------------------------------
+# --- memory of processes --------------------------------------------------------------------
 
 
 def test_another_device_that_cannot_be_used_is_told_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With what is wrong with a Gaudi, where one is wanted."""
+    """The line says what is wrong with a Gaudi, where one is wanted."""
 
     def acquire(_is_exclusive: bool) -> None:
         raise RuntimeError("synStatus=26 [Generic failure] Device acquire failed.\nmore")
@@ -297,7 +297,7 @@ def test_another_device_that_cannot_be_used_is_told_in_one_line(
 def test_what_is_held_of_an_accelerator(
     monkeypatch: pytest.MonkeyPatch, device: Device, held: int
 ) -> None:
-    """A Gaudi has one process: all that is not free is its. Of others torch's allocator tells."""
+    """A Gaudi's one process holds all that is not free. For others torch's allocator counts."""
     module = SimpleNamespace(
         mem_get_info=lambda: (3 * GIB, 8 * GIB), memory_reserved=lambda: 1 * GIB
     )
@@ -308,11 +308,11 @@ def test_what_is_held_of_an_accelerator(
 
 
 def test_memory_of_this_process_grows_with_what_it_holds() -> None:
-    """And shrinks when that is given back."""
+    """The memory of this process grows with what it holds, and shrinks with what it releases."""
     before = CpuDevice().held_bytes()
     assert before > MIB
 
-    # Not bytes: the allocator may have room for them that this process holds already.
+    # Not bytes: the allocator may have room for them in memory that this process already holds.
     with mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
         for _ in range(64):
             held.write(b"x" * MIB)
@@ -324,7 +324,7 @@ def test_memory_of_this_process_grows_with_what_it_holds() -> None:
 
 @pytest.mark.parametrize("code", [HOLD, PARENT])
 def test_memory_of_a_process_is_that_of_all_it_has_started(code: str) -> None:
-    """However many processes are between."""
+    """All descendants of a process count, however many processes are between."""
     with process(code) as pid:
         held = anonymous_bytes(pid)
 
@@ -332,10 +332,10 @@ def test_memory_of_a_process_is_that_of_all_it_has_started(code: str) -> None:
 
 
 def test_process_that_has_ended_holds_nothing() -> None:
-    """Whether it was waited for or not."""
+    """A process that has ended holds nothing, whether or not it was waited for."""
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
-        child.stdout.read()  # its end is the process's
+        child.stdout.read()  # its end is reported by the process
         before_it_is_waited_for = anonymous_bytes(child.pid)
     assert before_it_is_waited_for < 32 * MIB
 
@@ -352,7 +352,7 @@ for _ in range(100):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems tell no such thing")
 def test_a_process_that_starts_another_is_not_counted_twice() -> None:
-    """Until a child begins its program, its memory is its parent's."""
+    """A child's memory counts as its parent's until it starts its program, and not twice."""
     most = 0
     with subprocess.Popen([sys.executable, "-c", STARTING]) as process:
         while process.poll() is None:

@@ -1,4 +1,4 @@
-"""What clients are told of messages that the server has not made itself."""
+"""Redaction: what clients see of messages that the server did not write itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm_hotswap.disclosure import MAX_TOLD, told
     ],
 )
 def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None:
-    """The last part of a path stays: it is what an operator looks for."""
+    """Folders and stack traces are left out; the last part of a path stays for operators."""
     assert expected == told(text)
 
 
@@ -41,7 +41,7 @@ def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None
     ],
 )
 def test_what_is_no_path_of_the_machine_stays(text: str) -> None:
-    """Routes, addresses and aliases."""
+    """Routes, addresses and aliases are not redacted."""
     assert text == told(text)
 
 
@@ -50,7 +50,7 @@ names = st.text("abcdefgh0123456789-_. é", min_size=1).map(str.strip).filter(bo
 
 @given(st.lists(names, min_size=1, max_size=4), st.sampled_from(["'{}'", '"{}"']))
 def test_no_folder_is_left_of_a_path_in_quotes(folders: list[str], quotes: str) -> None:
-    """Whatever characters its names have."""
+    """Folders are redacted in quoted paths, whatever characters their names have."""
     text = told("cannot read " + quotes.format("/".join(["", "canary", *folders, "file"])))
 
     assert "canary" not in text
@@ -59,13 +59,13 @@ def test_no_folder_is_left_of_a_path_in_quotes(folders: list[str], quotes: str) 
 
 @pytest.mark.parametrize("hostile", ["'/a", "'/a/", "/", "/a", "file:/", "'file:/"])
 def test_no_text_takes_long(hostile: str) -> None:
-    """A million characters made to be looked at again and again; a message is cut, too."""
+    """A million characters that provoke rescanning take little time; messages are cut, too."""
     assert len(told(hostile * 1_000_000)) <= 2 * MAX_TOLD
 
 
 @pytest.mark.parametrize("url", ["file:///data/secret/x", "ipc:///tmp/secret/x"])
 @pytest.mark.parametrize("text", ["open {}: no", "open '{}': no", "{}"])
 def test_urls_of_the_machine_are_paths(url: str, text: str) -> None:
-    """Of files and of sockets."""
+    """URLs of files and of sockets are redacted like paths."""
     assert "secret" not in told(text.format(url))
     assert "x" in told(text.format(url))

@@ -1,4 +1,4 @@
-"""What the code offers is in the pages, and what the pages promise is in the code."""
+"""The pages describe all that the code offers, and the code has all that the pages promise."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def subclasses(kind: type[errors.HotswapError]) -> list[type[errors.HotswapError
 def test_every_error_that_a_client_may_get_is_in_the_table(
     kind: type[errors.HotswapError],
 ) -> None:
-    """With its status and its code."""
+    """Every error that a client may get is in the table, with its status and its code."""
     assert f"| {kind.status} `{kind.code}` |" in page("http-api.md")
 
 
 def test_the_table_of_errors_is_in_order() -> None:
-    """By status, then by code."""
+    """The table of errors is sorted by status, then by code."""
     rows = re.findall(r"^\| (\d{3}) `(\w+)` \|", page("http-api.md"), re.MULTILINE)
 
     assert len(rows) > 40
@@ -50,22 +50,22 @@ def test_the_table_of_errors_is_in_order() -> None:
 
 
 def test_the_reference_is_the_one_of_the_code() -> None:
-    """Every setting, flag, variable and command; `make reference` makes it anew."""
+    """The reference has all settings, flags, variables and commands; `make reference` writes it."""
     assert reference.page() == page("reference.md")
 
 
 def test_the_table_of_vllms_state_is_the_one_of_the_code() -> None:
-    """Every place, with its owner and the reason; `make reference` makes it anew."""
+    """The table has all places with owners and reasons; `make reference` writes it."""
     assert reference.with_state_table(page("vllm-state.md")) == page("vllm-state.md")
 
 
 def test_every_setting_has_a_meaning() -> None:
-    """No row of the reference is empty."""
+    """Every setting's row in the reference has a meaning."""
     assert [] == re.findall(r"^\|.*\| *\|$", page("reference.md"), re.MULTILINE)
 
 
 def test_every_metric_is_described() -> None:
-    """By the name under which it is exposed."""
+    """Every metric is described by its exposed name."""
     host = FakeHost(("a",))
     metrics = SwitchMetrics(
         active=lambda: None,
@@ -88,28 +88,28 @@ def test_every_metric_is_described() -> None:
 
 
 def test_every_phase_is_described() -> None:
-    """In the design."""
+    """Every phase is described in the design."""
     text = page("design.md")
     for word in SwitchPhase:
         assert f"| `{word}` |" in text
 
 
 def test_every_failpoint_is_described() -> None:
-    """With every action."""
+    """Every failpoint is described with all its actions."""
     text = page("reliability.md")
     assert [] == [p for p in failpoints.PLACES if f"`{p}`" not in text]
     assert [] == [a for a in failpoints.ACTIONS if not re.search(rf"`{a}[`(]", text)]
 
 
 def test_every_state_is_described() -> None:
-    """In the page about residency."""
+    """Every state is described in the page about residency."""
     text = page("residency.md")
     for word in Residency:
         assert f"| `{word}` |" in text
 
 
 def test_the_table_of_steps_is_the_one_of_the_code() -> None:
-    """Every step of every state, and no other one; `fail` has a line of its own."""
+    """The table has every step of every state, and no other; `fail` has a line of its own."""
     lines = re.findall(r"^\| `(\w+)` \| (`.*) \|$", page("residency.md"), re.MULTILINE)
     written = {state: set(re.findall(r"`(\w+)`: (\w+)", steps)) for state, steps in lines}
 
@@ -124,7 +124,7 @@ def test_the_table_of_steps_is_the_one_of_the_code() -> None:
 def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(
     tmp_path: Path, name: str
 ) -> None:
-    """It is accepted as it stands, and the one of the guide for Gaudi."""
+    """The README's configuration, and the Gaudi guide's, are accepted as they stand."""
     example = re.search(r"```yaml\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert example is not None
     path = tmp_path / "models.yaml"
@@ -134,7 +134,7 @@ def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(
 
 
 def test_the_demo_writes_a_configuration_that_is_accepted(tmp_path: Path) -> None:
-    """Three aliases, llama by default, every model beside the file."""
+    """The demo's configuration has three aliases, llama as default, and models beside the file."""
     config = load_config(write(tmp_path / "demo"))
 
     assert ("llama", ("llama", "qwen", "embed")) == (config.default_model, config.aliases)
@@ -142,7 +142,7 @@ def test_the_demo_writes_a_configuration_that_is_accepted(tmp_path: Path) -> Non
 
 
 def curl_lines(text: str) -> list[str]:
-    """The commands of a page's code blocks that call a server, without what shows the answer."""
+    """Return the commands in a page's code blocks that call a server, without output filters."""
     blocks = "\n".join(re.findall(r"```(?:\w*)\n(.*?)```", text, re.DOTALL))
     found = re.findall(r"^(?:\$ )?(curl (?:\\\n|'[^']*'|[^'\n])*)", blocks, re.MULTILINE)
     return [line.partition(" | jq")[0] for line in found]
@@ -151,7 +151,7 @@ def curl_lines(text: str) -> list[str]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize(("path", "count"), [("README.md", 1), ("docs/guides/gaudi.md", 4)])
 def test_calls_in_the_pages_work_as_they_are(path: str, count: int) -> None:
-    """With another address alone."""
+    """Calls in the pages work, with only the address replaced."""
     lines = curl_lines((ROOT / path).read_text())
     assert count == len(lines)
     with listening_server() as running:
@@ -162,7 +162,7 @@ def test_calls_in_the_pages_work_as_they_are(path: str, count: int) -> None:
 
 
 def mentioned() -> set[str]:
-    """The commands of ours that pages and messages name, alternatives one by one."""
+    """Return our commands that pages and messages mention, with each alternative apart."""
     paths = [*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "src").rglob("*.py")]
     texts = [re.findall(r"`vllm-hotswap ([a-z][^`\n]*)`", path.read_text()) for path in paths]
     lines = {line for found in texts for line in found}
@@ -175,7 +175,7 @@ def mentioned() -> set[str]:
 
 
 def test_every_command_that_is_mentioned_exists() -> None:
-    """With every flag that it is mentioned with."""
+    """Every mentioned command exists, with every flag that is mentioned with it."""
     lines = sorted(mentioned())
     assert len(lines) > 20
     for line in lines:
@@ -187,13 +187,13 @@ def test_every_command_that_is_mentioned_exists() -> None:
 
 
 def test_there_is_one_port() -> None:
-    """That of `vllm serve`, and so of ours; but where the quickstart's own lines are quoted."""
-    quoting = {DOCS / "quickstart-compatibility.md"}  # docs/guides is not looked at
+    """All pages name the port of `vllm serve`, except where they quote the quickstart."""
+    quoting = {DOCS / "quickstart-compatibility.md"}  # docs/guides is not checked
     pages = {ROOT / "README.md", ROOT / "Makefile", *DOCS.glob("*.md")} - quoting
     address = r"(?:localhost:|127\.0\.0\.1:|--port |PORT=|PORT \?= )(\d+)"
     named = {port for path in pages for port in re.findall(address, path.read_text())}
 
-    assert {str(demo.PORT)} == named - {"0"}  # which is any free one
+    assert {str(demo.PORT)} == named - {"0"}  # which is any free port
     assert remote.DEFAULT_URL.endswith(f":{demo.PORT}")
 
 
@@ -215,12 +215,12 @@ TEST = r"`(tests/[\w/]+\.py)::(test_\w+)`"
     ),
 )
 def test_what_is_promised_is_held_by_tests_that_exist(path: str, name: str) -> None:
-    """Every test that the pages name."""
+    """Every test that the pages name exists."""
     assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
 
 
 def test_every_promise_of_the_quickstart_names_its_test() -> None:
-    """Apart from what is told to be none."""
+    """Every promise of the quickstart names its test, except those listed as not promised."""
     rows = re.findall(
         r"^\| (?!promise|---)(.*?) \| (.*) \|$", page("quickstart-compatibility.md"), re.MULTILINE
     )
@@ -230,7 +230,7 @@ def test_every_promise_of_the_quickstart_names_its_test() -> None:
 
 
 def test_every_claim_about_security_names_its_tests() -> None:
-    """Each that has a name, in the order of the page."""
+    """Every claim about security names its tests, in the order of the page."""
     claims = (ROOT / "SECURITY.md").read_text()
     table = page("security-claims.md")
     rows = re.findall(r"^\| (?!claim|---)(.*?) \| (.*) \|$", table, re.MULTILINE)
@@ -240,7 +240,7 @@ def test_every_claim_about_security_names_its_tests() -> None:
 
 
 def test_every_fault_of_the_matrix_is_shown_by_a_test() -> None:
-    """All but those that say why not; most of them on the real vLLM or a process that is killed."""
+    """Every fault has a test, or a reason; most tests use the real vLLM, or kill a process."""
     rows = [line.split(" | ") for line in page("reliability.md").splitlines()]
     faults = [row for row in rows if re.fullmatch(r"\| \d+", row[0])]
 
@@ -255,14 +255,14 @@ def test_every_fault_of_the_matrix_is_shown_by_a_test() -> None:
 
 @pytest.mark.parametrize("path", sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")]))
 def test_links_between_pages_lead_somewhere(path: Path) -> None:
-    """Relative links of the documentation exist."""
+    """Relative links between pages lead to existing files."""
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
 
     assert [] == [link for link in links if not (path.parent / link).exists()]
 
 
 def test_every_variable_of_ours_is_in_the_reference() -> None:
-    """Whatever the code reads from the environment under our prefix."""
+    """Every variable with our prefix that the code reads is in the reference."""
     read = {
         name
         for path in (ROOT / "src").rglob("*.py")

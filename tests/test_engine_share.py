@@ -1,4 +1,4 @@
-"""Accounts share an engine: none waits for what another has sent before it."""
+"""Accounts share an engine: no account waits for earlier requests of another."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF = 0.5
 
 
 class Door:
-    """An engine's door, and what is asked for at it."""
+    """An engine's admission, and the requests that arrive at it."""
 
     def __init__(self, places: int = PLACES, step_tokens: int = STEP_TOKENS) -> None:
         self.now_s = 0.0
@@ -27,7 +27,7 @@ class Door:
         self._ids: Iterator[int] = count()
 
     async def ask(self, account: str, number: int = 1, tokens: int = 1) -> list[str]:
-        """So many requests; the ids of those that were let in at once."""
+        """Send so many requests, and return the ids of those that were admitted at once."""
         ids = [f"{account}{next(self._ids)}" for _ in range(number)]
         for one in ids:
             self.waiting[one] = asyncio.create_task(self._enter(one, account, tokens))
@@ -41,7 +41,7 @@ class Door:
         self.inside.append(request_id)
 
     async def begin(self, *ids: str) -> list[str]:
-        """A first output of each; who was let in because of that."""
+        """Report a first output of each, and return the requests that this admitted."""
         return await self._changed(self.share.begun, *ids)
 
     async def end(self, *ids: str) -> list[str]:
@@ -61,7 +61,7 @@ class Door:
         return sum(one.startswith(account) for one in self.inside)
 
     def forgotten(self) -> list[str]:
-        """Accounts that wait although their first request would fit."""
+        """Return the accounts that wait although their first request would fit."""
         first = (next(iter(queue.values())) for queue in self.share._waiting.values())
         return [asked.account for asked in first if self.share._place_for(asked) is _Place.FREE]
 
@@ -72,7 +72,7 @@ class Door:
 
 
 async def test_who_is_alone_has_all_places() -> None:
-    """And one more, so that the engine never waits for this process."""
+    """A lone account has all places, and one more, so that the engine never waits."""
     door = Door()
 
     assert PLACES + 1 == len(await door.ask("a", 20))
@@ -88,7 +88,7 @@ async def test_who_is_not_alone_has_its_share() -> None:
 
 
 async def test_a_place_is_kept_for_who_has_none() -> None:
-    """Of eight; however many others want it."""
+    """One of the eight places stays free for an account without any, whatever others want."""
     door = Door()
     await door.ask("a")
     for _ in range(10):
@@ -104,7 +104,7 @@ async def test_others_count_for_a_minute_after_their_last_request() -> None:
     door = Door()
     (one,) = await door.ask("b")
     await door.ask("a", 20)
-    assert [] == await door.end(one)  # there is room, but of the other's
+    assert [] == await door.end(one)  # there is room, but it is the other account's
 
     door.now_s = RECENT_S + 1
     assert "a" in (await door.end(door.inside[0]))[0]
@@ -113,7 +113,7 @@ async def test_others_count_for_a_minute_after_their_last_request() -> None:
 
 
 async def test_who_has_nothing_in_the_engine_never_waits() -> None:
-    """However full it is: the request is the first of those that wait there."""
+    """A request of an account with nothing in the engine enters it at once, however full it is."""
     door = Door()
     await door.ask("a", 20)
 
@@ -137,7 +137,7 @@ async def test_what_is_free_goes_to_who_has_least() -> None:
 
 
 async def test_accounts_with_as_many_take_turns() -> None:
-    """Whoever was served longest ago is next."""
+    """Among accounts with as many requests, the one that was served longest ago is next."""
     door = Door()
     await door.ask("a", 9)
     for account in "cdb":
@@ -151,7 +151,7 @@ async def test_accounts_with_as_many_take_turns() -> None:
 
 
 async def test_prompts_wait_before_the_engine_beyond_what_some_steps_take() -> None:
-    """Those with an output count no more."""
+    """Prompts beyond some steps wait, and those that have an output no longer count."""
     door = Door(places=100)
 
     inside = await door.ask("a", 20, tokens=STEP_TOKENS)
@@ -171,7 +171,7 @@ async def test_a_prompt_of_many_steps_is_let_in_alone() -> None:
 
 
 async def test_a_request_that_says_more_goes_through() -> None:
-    """vLLM sends the parts of one that comes in parts under one id."""
+    """Another part of a divided request goes through: vLLM sends parts under one id."""
     door = Door(places=1)
     (one,) = await door.ask("a")
     await door.ask("a", 5)
@@ -184,7 +184,7 @@ async def test_a_request_that_says_more_goes_through() -> None:
 
 
 async def test_the_share_counts_for_what_waits_in_the_engine_too() -> None:
-    """So another's prompt is in one of the next steps."""
+    """The share limits waiting prompts, so that another account's is in one of the next steps."""
     door = Door(places=100)
     await door.ask("b")
 
@@ -194,7 +194,7 @@ async def test_the_share_counts_for_what_waits_in_the_engine_too() -> None:
 
 @pytest.mark.parametrize("how", ["its task is cancelled", "it is given up", "both"])
 async def test_nothing_is_kept_of_who_leaves(how: str) -> None:
-    """While it waits."""
+    """An account that leaves while it waits leaves nothing behind."""
     door = Door(places=1)
     inside = await door.ask("a", 4)
     waiting = [one for one in door.waiting if one not in inside]
@@ -215,7 +215,7 @@ async def test_who_leaves_in_the_turn_that_lets_it_in_gives_its_place_back() -> 
     first, _second = await door.ask("a", 4)
     third = next(one for one in door.waiting if one not in door.inside)
     door.inside.remove(first)
-    door.share.leave(first)  # lets the third one in, which does not know yet
+    door.share.leave(first)  # admits the third one, whose task does not know it yet
     door.waiting[third].cancel()
     for _ in range(3):
         await asyncio.sleep(0)
@@ -227,7 +227,7 @@ async def test_who_leaves_in_the_turn_that_lets_it_in_gives_its_place_back() -> 
 
 
 async def test_what_it_knows_of_accounts_is_forgotten() -> None:
-    """Of a hundred thousand keys there may have been, one at a time."""
+    """Accounts are forgotten: there may be a hundred thousand keys, one after the other."""
     door = Door()
     for number in range(50):
         door.now_s += RECENT_S / 10
@@ -240,7 +240,7 @@ async def test_what_it_knows_of_accounts_is_forgotten() -> None:
 async def test_thousands_of_accounts_cost_no_more_than_a_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is looked at when one request ends does not grow with how many wait."""
+    """With thousands of accounts, the end of a request costs no more than with a few."""
     door = Door(places=16)
     for number in range(300):
         await door.ask(f"account {number} ", 3)
@@ -270,7 +270,7 @@ STEP = st.one_of(
 @given(st.integers(1, 12), st.lists(STEP, max_size=60))
 @settings(deadline=None)
 def test_bounds_hold_and_nobody_is_forgotten(places: int, steps: list[tuple[object, ...]]) -> None:
-    """Whatever is asked for, and whoever leaves: in the end all have been let in, or have left."""
+    """In any order of events, every request is admitted or has left in the end."""
 
     async def walk() -> None:
         door = Door(places)
@@ -281,7 +281,7 @@ def test_bounds_hold_and_nobody_is_forgotten(places: int, steps: list[tuple[obje
                     had = door.of(account)
                     let_in = await door.ask(account, number, tokens)
                     asked += number
-                    assert had or let_in  # the first is let in
+                    assert had or let_in  # the first is admitted
                 case ("time", int(seconds)):
                     door.now_s += seconds
                 case (str(what), int(which)) if door.inside and what in ("begin", "end"):
@@ -294,8 +294,8 @@ def test_bounds_hold_and_nobody_is_forgotten(places: int, steps: list[tuple[obje
                         door.share.leave(held[which % len(held)])
                         await asyncio.sleep(0)
                         left += 1
-            assert len(door.inside) <= places + 4  # one each beyond the places
-            if not door.now_s:  # who becomes alone is let in with the next event
+            assert len(door.inside) <= places + 4  # one more each
+            if not door.now_s:  # an account that becomes alone is admitted at the next event
                 assert not door.forgotten()
         while door.inside:
             await door.end(door.inside[0])

@@ -1,4 +1,4 @@
-"""Each engine finds vLLM's process-wide state as if it had a process of its own."""
+"""Each engine finds vLLM's process-wide state as if it had its own process."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ COMPILED = Config(ModelConfig(enforce_eager=False))
 
 @pytest.fixture
 def module() -> Any:
-    """As a module of vLLM: a backend that a load chooses, a table, and parallel groups."""
+    """A stand-in for a vLLM module: a backend that a load chooses, a table, and parallel groups."""
     return types.SimpleNamespace(backend=None, table={}, group=None, experts=None)
 
 
@@ -76,7 +76,7 @@ def process(module: Any) -> Iterator[ProcessState]:
 
 
 def load(process: ProcessState, module: Any, name: str, config: Config = DENSE) -> EngineState:
-    """What vLLM does at a load."""
+    """Do what vLLM does at a load."""
     state = process.begin(config)
     process.put_in_place(state)
     module.backend = name
@@ -96,7 +96,7 @@ def draw() -> tuple[float, float, float]:
 
 
 def test_an_engine_finds_what_it_left(process: ProcessState, module: Any) -> None:
-    """And nothing of what another one has set."""
+    """An engine finds the state that it left, and nothing that another engine has set."""
     first = load(process, module, "first")
     second = load(process, module, "second")
     module.backend = "second, later"
@@ -110,9 +110,9 @@ def test_an_engine_finds_what_it_left(process: ProcessState, module: Any) -> Non
 def test_while_one_engine_is_worked_with_nothing_is_moved(
     process: ProcessState, module: Any
 ) -> None:
-    """A step after a step reads and writes no state."""
+    """Consecutive steps of one engine read and write no state."""
     state = load(process, module, "first")
-    del module.backend, module.table  # whatever reads them fails
+    del module.backend, module.table  # reading them fails
 
     process.put_in_place(state)
 
@@ -120,7 +120,7 @@ def test_while_one_engine_is_worked_with_nothing_is_moved(
 
 
 def test_a_load_begins_as_in_a_new_process(process: ProcessState, module: Any) -> None:
-    """Whatever has been loaded before."""
+    """A load starts as in a new process, whatever was loaded before."""
     load(process, module, "first")
 
     process.put_in_place(process.begin(DENSE))
@@ -129,7 +129,7 @@ def test_a_load_begins_as_in_a_new_process(process: ProcessState, module: Any) -
 
 
 def test_a_load_that_failed_changes_nothing_for_others(process: ProcessState, module: Any) -> None:
-    """The others' state and random numbers are as before."""
+    """A failed load leaves the others' state and random numbers as they were."""
     first = load(process, module, "first")
     with drawing_nothing():
         expected = draw()
@@ -147,7 +147,7 @@ def test_a_load_that_failed_changes_nothing_for_others(process: ProcessState, mo
 
 
 def test_a_load_that_failed_leaves_the_default_type_of_numbers(process: ProcessState) -> None:
-    """vLLM's own way to set it for a load puts it back only if the load goes well."""
+    """A failed load restores the default dtype, which vLLM does only after a good one."""
     failing = process.begin(DENSE)
     process.put_in_place(failing)
     torch.set_default_dtype(torch.bfloat16)
@@ -158,7 +158,7 @@ def test_a_load_that_failed_leaves_the_default_type_of_numbers(process: ProcessS
 
 
 def test_models_of_one_kind_share_their_parallel_groups(process: ProcessState, module: Any) -> None:
-    """A mixture of experts after a dense model makes its own, and no model makes them again."""
+    """Dense models share parallel groups, and so do mixtures of experts; none makes them again."""
     dense = load(process, module, "dense")
     experts = load(process, module, "experts", EXPERTS)
     assert ("group of experts", "experts of experts") == (module.group, module.experts)
@@ -174,7 +174,7 @@ def test_models_of_one_kind_share_their_parallel_groups(process: ProcessState, m
 
 
 def test_each_engine_draws_its_own_random_numbers(process: ProcessState, module: Any) -> None:
-    """Those that it would draw if there were no other."""
+    """Each engine draws the random numbers that it would draw without other engines."""
     load(process, module, "alone")
     expected = [draw() for _ in range(4)]
 
@@ -196,7 +196,7 @@ def test_each_engine_draws_its_own_random_numbers(process: ProcessState, module:
 def test_the_end_of_an_engine_tells_what_it_would_have_drawn(
     process: ProcessState, module: Any
 ) -> None:
-    """So that it can go on from there when it is loaded again."""
+    """The end of an engine returns its random state, from which it can continue later."""
     first = load(process, module, "first")
     with drawing_nothing():
         expected = draw()
@@ -208,7 +208,7 @@ def test_the_end_of_an_engine_tells_what_it_would_have_drawn(
 
 
 def test_only_a_model_that_is_compiled_may_compile(process: ProcessState, module: Any) -> None:
-    """An eager one runs what vLLM has decorated as it is written."""
+    """An eager model runs functions that vLLM has decorated, without compiling them."""
 
     def refuse(*_: Any) -> Any:
         raise RuntimeError("compiled")
@@ -233,7 +233,7 @@ def test_only_a_model_that_is_compiled_may_compile(process: ProcessState, module
 def test_methods_of_an_engine_find_its_state(
     monkeypatch: pytest.MonkeyPatch, process: ProcessState, module: Any
 ) -> None:
-    """Unless it has none, before its load and after its end."""
+    """Methods of an engine find its state, except before its load and after its end."""
     monkeypatch.setattr("vllm_hotswap.host.state.process_state", lambda: process)
 
     @dataclass
@@ -252,7 +252,7 @@ def test_methods_of_an_engine_find_its_state(
 
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_each_engine_has_containers_of_its_own(module: Any, container: type[Any]) -> None:
-    """Of every kind that is changed in place: what one engine adds, no other one finds."""
+    """In every container that is changed in place, an engine finds only its own additions."""
     module.value = container()
     process = ProcessState([Attribute(module, "value")], [])
     added = ModelConfig()
@@ -274,7 +274,7 @@ def add_to(container: Any, thing: Any) -> None:
 
 
 def test_groups_that_this_vllm_does_not_have_are_neither_made_nor_counted(module: Any) -> None:
-    """A load that failed before it made groups has none to destroy."""
+    """Groups that this vLLM lacks are not made, nor destroyed after a load that failed early."""
     process = ProcessState([], [Attribute(module, "group"), Attribute(module, "of_later_vllm")])
 
     state = process.begin(DENSE)
@@ -286,7 +286,7 @@ def test_groups_that_this_vllm_does_not_have_are_neither_made_nor_counted(module
 
 @dataclass
 class Refusing:
-    """A place that cannot be set now."""
+    """A place that cannot be set at present."""
 
     refuses: bool = False
     value: Any = None
@@ -301,7 +301,7 @@ class Refusing:
 
 
 def test_state_that_could_not_be_put_in_place_is_no_engines(module: Any) -> None:
-    """Neither engine keeps a mixture for its own, and each can be put in place later."""
+    """After a failure neither engine stores a mixture, and each can be put in place later."""
     refusing = Refusing()
     process = ProcessState([Attribute(module, "backend"), refusing], [])
     first, second = (load(process, module, name) for name in ("first", "second"))
@@ -317,7 +317,7 @@ def test_state_that_could_not_be_put_in_place_is_no_engines(module: Any) -> None
 
 
 class Environment(dict[str, str]):
-    """Counts what is written."""
+    """Counts writes."""
 
     written = 0
 
@@ -327,7 +327,7 @@ class Environment(dict[str, str]):
 
 
 def test_a_variable_is_written_only_where_it_differs() -> None:
-    """Another thread must not read the environment while it is written."""
+    """Variables are written only if they differ: another thread may read the environment."""
     environment = Environment(NAME="1")
     variable = Item(environment, "NAME")
 
@@ -349,7 +349,7 @@ def joined(tokens: str, *, sign: str = "+") -> str:
 
 
 def test_hashes_begin_at_the_root_of_their_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever engine's root is in place when the input thread hashes a request."""
+    """A hash starts at its engine's root, whatever root is in place at that time."""
     monkeypatch.setattr(f"{__name__}.ROOT", "of the first")
     bound = with_own_globals(hash_of_first_block)
     monkeypatch.setattr(f"{__name__}.ROOT", "of the second")
@@ -363,14 +363,14 @@ def test_hashes_begin_at_the_root_of_their_engine(monkeypatch: pytest.MonkeyPatc
     [("Owner", "", False), ("Renamed", "", True), ("Renamed", "999.0", False)],
 )
 def test_a_place_that_was_renamed_is_told(name: str, since: str, is_told: bool) -> None:
-    """Unless it is only in later versions. What lies in it does not matter."""
+    """A place that exists only in later versions is not reported; its value does not matter."""
     state = State(f"vllm_hotswap.compat.state:{name}", Owner.ENGINE, "a reason", since)
 
     assert is_told == bool(absent([state]))
 
 
 def test_what_is_not_set_stays_as_it_is_unless_it_is_a_variable() -> None:
-    """A module's missing name may be read by another thread; a variable would count for others."""
+    """Missing attributes stay, since a thread may read them; missing variables are removed."""
     module, environment = types.SimpleNamespace(name=1), {"NAME": "1"}
 
     assert MISSING is Attribute(module, "other").get()
@@ -383,7 +383,7 @@ def test_what_is_not_set_stays_as_it_is_unless_it_is_a_variable() -> None:
 
 
 def test_places_are_found() -> None:
-    """Of variables, of attributes, of every value of a table; none where there is no module."""
+    """Variables, attributes and all values of a table are found, and none without a module."""
     (variable,) = cells("os:environ[HOME]")
     (attribute,) = cells("os.path:sep")
     (inner,) = cells("vllm_hotswap.compat.state:Owner.ENGINE._value_")
@@ -398,14 +398,14 @@ def test_places_are_found() -> None:
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """As the Gaudi plugin's module with the configuration that it makes once."""
+    """The Gaudi plugin's module, with the configuration that it makes once."""
     package, extension = types.ModuleType("vllm_gaudi"), types.ModuleType("vllm_gaudi.extension")
     runtime = types.ModuleType("vllm_gaudi.extension.runtime")
     vars(runtime).update(RUNTIME_CONFIG={"model_type": "left over"})
     vars(runtime).update(clear_config=lambda: vars(runtime).update(RUNTIME_CONFIG=None))
     for module in (package, extension, runtime):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    # What torch has is for the whole process.
+    # Torch's limits are for the whole process.
     monkeypatch.setitem(sys.modules, "torch._dynamo.config", types.ModuleType("config"))
     return runtime
 
@@ -417,7 +417,7 @@ RUNTIME_CONFIG = "vllm_gaudi.extension.runtime:RUNTIME_CONFIG"
 def test_state_of_a_plugin_counts_where_the_plugin_is_in_use(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be installed beside a vLLM that another platform is chosen for."""
+    """A plugin's state counts only in use: it may be installed for another platform."""
     state = State(RUNTIME_CONFIG, Owner.ENGINE, "a reason")
     assert [plugin.RUNTIME_CONFIG] == [cell.get() for cell in cells(RUNTIME_CONFIG)]
     assert [] == absent([state])
@@ -432,7 +432,7 @@ def test_state_of_a_plugin_counts_where_the_plugin_is_in_use(
 def test_each_model_makes_the_gaudi_plugins_configuration(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The plugin keeps the first one that it makes, which is of the first model's type."""
+    """Each model makes the plugin's configuration, of which the plugin would keep the first."""
     said = []
     platform = HpuPlatform()
     monkeypatch.setattr(HpuPlatform, "set_compile_env_defaults", lambda _: said.append("defaults"))
@@ -462,7 +462,7 @@ class HpuPlatform:
 
 
 def test_code_of_all_models_of_a_kind_is_kept(plugin: types.ModuleType) -> None:
-    """They share functions; the plugin asks for what one of them needs, if there is less."""
+    """Code of all models of a kind is kept, although the plugin sets the limit for one of them."""
     gaudi.prepare(HpuPlatform())
     dynamo = sys.modules["torch._dynamo.config"]
     assert [gaudi.CODE_LIMIT] * 2 == [getattr(dynamo, limit) for limit in LIMITS]
@@ -480,7 +480,7 @@ def test_other_platforms_are_left_alone(
 def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
     plugin: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By whether it is quantised. Calibrations are not ended by chance. A file may go meanwhile."""
+    """Each model decides by its quantisation. No calibration ends by chance. Files may go."""
     file = tmp_path / "quant.json"
     file.write_text("{}", encoding="utf-8")
     ops = types.ModuleType("vllm_gaudi.extension.ops")
@@ -517,7 +517,7 @@ def test_what_the_gaudi_plugin_decides_at_its_import_each_model_decides(
 
 
 def test_each_place_is_listed_once_with_a_reason() -> None:
-    """And can be looked up, by a pattern where it has one."""
+    """Each place is listed once with a reason, and can be looked up, also by a pattern."""
     places = [state.place for state in STATE]
 
     assert len(places) == len({*places})

@@ -1,4 +1,4 @@
-"""The quickstart's start: which file it serves, and when it is plain vLLM."""
+"""The quickstart's start: which file it serves, and when it runs plain vLLM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OURS, QUICKSTARTS = "VLLM_HOTSWAP_CONFIG", "VLLM_HPU_MULTI_MODEL_CONFIG"
     ],
 )
 def test_both_variables_name_the_file(environment: dict[str, str], expected: str | None) -> None:
-    """The newer one wins; an empty one is none."""
+    """Either variable names the file; the newer one wins, an empty one counts as unset."""
     assert expected == config_path(environment)
 
 
@@ -33,7 +33,7 @@ def test_both_variables_name_the_file(environment: dict[str, str], expected: str
 def test_the_named_file_is_served(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With whatever flags; one that does not exist ends the start with one line that names it."""
+    """The named file is served with all flags; a missing one ends the start with one line."""
     monkeypatch.setenv(name, str(tmp_path / "nowhere.yaml"))
 
     assert 1 == main(["--port", "1"])
@@ -41,7 +41,7 @@ def test_the_named_file_is_served(
 
 
 def test_without_a_variable_it_is_vllms_own_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run as `python -m` would run it, with the same arguments."""
+    """Without a variable vLLM's server runs, as by `python -m`, with the same arguments."""
     for name in (OURS, QUICKSTARTS):
         monkeypatch.delenv(name, raising=False)
     ran = []

@@ -1,4 +1,4 @@
-"""What processes are told by their environment, and what the system shows of it."""
+"""The environment of processes, and what the system shows of it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ print(Path("/proc/self/environ").read_bytes())
 
 
 def run(program: list[str], folder: Path | None = None, **variables: str) -> str:
-    """Output of a Python program that knows this package, and of what went wrong."""
+    """Return the output of a Python program that imports this package, errors included."""
     path = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, *program],
@@ -62,7 +62,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o022, 0o077, 0o137], indirect=True)
 def test_nobody_else_writes_to_what_is_made(umask: int, tmp_path: Path) -> None:
-    """Whatever the umask was; what it forbids stays forbidden."""
+    """New files are not writable by others, and what an earlier umask forbade stays forbidden."""
     assert umask == shut_out_writers()
     (tmp_path / "made").mkdir()
 
@@ -72,7 +72,7 @@ def test_nobody_else_writes_to_what_is_made(umask: int, tmp_path: Path) -> None:
 @on_linux
 @pytest.mark.parametrize("umask", [0, 0o077], indirect=True)
 async def test_the_engine_hosts_umask_keeps_others_from_writing(umask: int) -> None:
-    """Whoever starts it. vLLM makes folders there, with the mode that the umask leaves."""
+    """The engine host's umask keeps others from writing to vLLM's folders, whoever starts it."""
     host = FakeProcessHost(("llama",))
     await host.start()
     try:
@@ -85,7 +85,7 @@ async def test_the_engine_hosts_umask_keeps_others_from_writing(umask: int) -> N
 
 @on_linux
 def test_a_variable_that_is_forgotten_is_shown_to_nobody() -> None:
-    """Others are shown as before, even one with the same end."""
+    """A forgotten variable is shown nowhere; others stay, even one whose name has the same end."""
     out = run(["-c", FORGET], VLLM_API_KEY=KEY, EMPTY="", LIKE_VLLM_API_KEY="stays", ZZZ="last")
     found, shown = out.splitlines()
 
@@ -101,7 +101,7 @@ MARK = "raise SystemExit('taken from the start folder: ' + __file__)"
 
 @pytest.fixture
 def start_folder(tmp_path: Path) -> Path:
-    """A folder with modules whose names everybody imports."""
+    """A folder with modules whose names are imported everywhere."""
     for name in SHADOWED:
         (tmp_path / f"{name}.py").write_text(MARK)
     return tmp_path
@@ -118,7 +118,7 @@ def start_folder(tmp_path: Path) -> Path:
 def test_the_command_line_imports_nothing_from_the_start_folder(
     start_folder: Path, arguments: list[str]
 ) -> None:
-    """However it is started."""
+    """Nothing is imported from the start folder, however the command line is started."""
     out = run(["-m", *arguments], start_folder, VLLM_HOTSWAP_CONFIG="none.yaml")
 
     assert "taken from" not in out
@@ -126,7 +126,7 @@ def test_the_command_line_imports_nothing_from_the_start_folder(
 
 
 def test_a_start_folder_that_has_been_deleted_is_none(tmp_path: Path) -> None:
-    """A shell stays in a folder that another one removes."""
+    """A deleted start folder is ignored: a shell can stay in one that another removes."""
     folder = tmp_path / "gone"
     folder.mkdir()
     program = f"import os; os.rmdir({str(folder)!r}); from vllm_hotswap import start_folder as s"
@@ -139,7 +139,7 @@ def test_a_start_folder_that_has_been_deleted_is_none(tmp_path: Path) -> None:
 def test_a_look_tells_a_folder_that_a_start_would_refuse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It goes on: everything else is still to be looked at. No folder is made."""
+    """A look reports a folder that a start would refuse, continues, and makes no folder."""
     for name in (*GIVEN, "PYTHONSAFEPATH"):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
@@ -158,7 +158,7 @@ def test_a_look_tells_a_folder_that_a_start_would_refuse(
 
 
 def test_what_is_set_aside_is_told_and_no_longer_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the environment says now comes first."""
+    """A variable that is set aside is still known; one that is set again has precedence."""
     monkeypatch.setenv("ASKED_LATER", "0")
     set_aside(["ASKED_LATER", "NOT_SET"])
     assert "ASKED_LATER" not in os.environ
@@ -172,13 +172,13 @@ def test_what_is_set_aside_is_told_and_no_longer_found(monkeypatch: pytest.Monke
 
 
 def variables_of(pid: int) -> dict[str, str]:
-    """As the system shows them."""
+    """Return them as the system shows them."""
     shown = Path(f"/proc/{pid}/environ").read_text()
     return dict(line.partition("=")[::2] for line in shown.split("\0"))
 
 
 def umask_of(pid: int) -> int:
-    """As the system shows it: proc_pid_status(5)."""
+    """Return it as the system shows it: proc_pid_status(5)."""
     return int(Path(f"/proc/{pid}/status").read_text().partition("Umask:")[2].split()[0], 8)
 
 
@@ -190,7 +190,7 @@ def mode(folder: str) -> int:
 async def host_environment(
     start_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[dict[str, str]]:
-    """Variables of a host that was started there, by somebody who has many keys."""
+    """Return the variables of a host that was started there, by a user with many keys."""
     monkeypatch.chdir(start_folder)
     for name in ("VLLM_API_KEY", "VLLM_HOTSWAP_ADMIN_KEY", "OPENAI_API_KEY", "PGPASSWORD"):
         monkeypatch.setenv(name, KEY)
@@ -204,7 +204,7 @@ async def host_environment(
 
 @on_linux
 async def test_a_host_is_started_in_private(host_environment: dict[str, str]) -> None:
-    """It is told no key, imports nothing from the start folder, where it would have ended, and
+    """A host gets no key, imports nothing from the start folder, where it would have failed, and
     keeps temporary files to itself.
     """
     assert KEY not in host_environment.values()
@@ -214,7 +214,7 @@ async def test_a_host_is_started_in_private(host_environment: dict[str, str]) ->
 
 @on_linux
 async def test_the_temporary_folder_is_held_as_long_as_the_host_runs() -> None:
-    """systemd-tmpfiles goes past a folder of which it does not get the lock."""
+    """The host locks its temporary folder, which systemd-tmpfiles then skips."""
     host = FakeProcessHost(("llama",))
     try:
         await host.start()
@@ -230,7 +230,7 @@ async def test_the_temporary_folder_is_held_as_long_as_the_host_runs() -> None:
 
 @on_linux
 async def test_a_host_may_open_many_files() -> None:
-    """Also the first one, which is started before the server has raised its own limit."""
+    """A host may open many files, even one that starts before the server raises its limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (few := min(soft, 500), hard))
     host = FakeProcessHost(("llama",))

@@ -1,4 +1,4 @@
-"""Commands in environments that they were not made for: one line, an exit status, no traceback."""
+"""Commands in unexpected environments: one line, an exit status, no traceback."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REMOTE: Mapping[str, list[str]] = {
     "status": ["status"],
 }
 REFUSED = {"release"}
-"""What the server answers with an error."""
+"""Requests to which the server answers with an error."""
 
 LOCAL: Mapping[str, list[str]] = {
     "serve": ["serve", "models.yaml"],
@@ -65,7 +65,7 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """The one line of an error; nothing else was said on standard error."""
+        """Return the one line of an error; standard error has nothing else."""
         (line,) = self.err.splitlines()
         assert line.startswith(ERROR)
         assert "unexpected" not in line
@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Another folder, no vLLM, none of our variables; logging is as before afterwards."""
+    """Use another folder, no vLLM, none of our variables; restore logging afterwards."""
     monkeypatch.chdir(folder)
     monkeypatch.setitem(sys.modules, "vllm", None)
     for name in (remote.URL_VARIABLE, remote.KEY_VARIABLE, remote.KEY_FILE_VARIABLE):
@@ -95,7 +95,7 @@ def elsewhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in this process."""
+    """Run a command in this process."""
 
     def ended(*argv: str) -> Ended:
         capsys.readouterr()
@@ -122,7 +122,7 @@ def canned() -> Iterator[Canned]:
 
 
 def test_every_command_is_tried_here() -> None:
-    """The tables below are complete."""
+    """The tables below have every command."""
     assert set(COMMANDS) == {*REMOTE, *LOCAL}
     assert set(remote.COMMANDS) == set(REMOTE)
 
@@ -147,7 +147,7 @@ ENVIRONMENTS: Mapping[str, Mapping[str, str | None]] = {
 def test_a_server_of_this_machine_is_reached_whatever_the_environment_says(
     command: str, name: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In particular about proxies."""
+    """A server of this machine is reached despite proxies and all else in the environment."""
     for variable, value in ENVIRONMENTS[name].items():
         if value is None:
             monkeypatch.delenv(variable, raising=False)
@@ -164,7 +164,7 @@ def test_a_server_of_this_machine_is_reached_whatever_the_environment_says(
 def test_a_proxy_that_cannot_be_used_for_another_machine_is_one_line(
     proxy: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names where the server is, which is not called."""
+    """A useless proxy gets one line with the server's address, which is not contacted."""
     monkeypatch.setenv("ALL_PROXY", proxy)
 
     ended = run("status", "--url", "http://models.invalid:8000")
@@ -176,7 +176,7 @@ def test_a_proxy_that_cannot_be_used_for_another_machine_is_one_line(
 def test_certificates_that_are_missing_are_one_line(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For https alone."""
+    """Missing certificates get one line, for https only."""
     monkeypatch.setenv("SSL_CERT_FILE", "nowhere.pem")
 
     ended = run("status", "--url", "https://models.invalid:8000")
@@ -197,7 +197,7 @@ def test_a_terminal_that_lacks_a_character_shows_an_escape(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of whichever command."""
+    """A character that the terminal lacks is shown as an escape, by every command."""
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
 
@@ -234,7 +234,7 @@ def at(listening: Listening, argv: list[str]) -> list[str]:
 def test_a_reader_that_has_gone_is_no_error(
     name: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`| head`: nothing is said, and the status is that of a program that SIGPIPE has ended."""
+    """After `| head`, nothing is printed, and the status is that of a program killed by SIGPIPE."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:
@@ -249,7 +249,7 @@ def test_a_reader_that_has_gone_is_no_error(
 def test_a_disk_that_is_full_is_one_line(
     name: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Output that could not be written is no success."""
+    """Output that a full disk does not take gets one line, and is not a success."""
     with Path("/dev/full").open("w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         ended = run(*at(listening, PRINTING[name]))
@@ -273,7 +273,7 @@ def test_a_disk_that_is_full_is_one_line(
 def test_closed_streams_of_a_process_change_nothing(
     line: str, status: int, listening: Listening, canned: Canned
 ) -> None:
-    """Also what Python itself writes at its end."""
+    """Closed streams change nothing, not even what Python itself writes at its exit."""
     canned.answer = b""
     line = line.format(url=listening.url, canned=canned.url)
     shell = f'"$0" -m vllm_hotswap {line}; echo "${{PIPESTATUS[0]}}" >status'
@@ -290,14 +290,14 @@ def test_closed_streams_of_a_process_change_nothing(
 
 
 def test_an_interrupt_ends_a_command_without_a_word(canned: Canned) -> None:
-    """With the status that shells give to it."""
+    """An interrupt ends a command silently, with the status that shells give to it."""
     canned.answer = None
     canned.asked.clear()
     process = subprocess.Popen(
         [sys.executable, "-m", "vllm_hotswap", "switch", "llama", "--url", canned.url],
         stderr=subprocess.PIPE,
         text=True,
-        # A shell without job control has whatever it starts in the background ignore it.
+        # A shell without job control sets background processes to ignore it.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
     assert canned.asked.wait(60)
@@ -307,16 +307,16 @@ def test_an_interrupt_ends_a_command_without_a_word(canned: Canned) -> None:
 
 
 def test_an_interrupt_that_wakes_nobody_ends_a_command_too(run: Run, canned: Canned) -> None:
-    """One that arrives just before the thread of the command blocks in a read."""
+    """An interrupt just before the command's thread blocks in a read ends the command, too."""
     canned.answer = None
     canned.asked.clear()
 
     def interrupt() -> None:
         assert canned.asked.wait(60)
         time.sleep(0.2)  # until it reads
-        _thread.interrupt_main()  # as a signal does, but that no system call ends early
+        _thread.interrupt_main()  # as a signal does, but without interrupting a system call
 
-    # A shell without job control has whatever it starts in the background ignore it.
+    # A shell without job control sets background processes to ignore it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     try:
@@ -326,7 +326,7 @@ def test_an_interrupt_that_wakes_nobody_ends_a_command_too(run: Run, canned: Can
 
 
 class Interrupting:
-    """Finds modules, and is interrupted when it looks for one of ours."""
+    """Finds modules, and is interrupted when it searches for one of ours."""
 
     def find_spec(self, name: str, *_: object) -> None:
         if name == "vllm_hotswap.cli":
@@ -334,7 +334,7 @@ class Interrupting:
 
 
 def test_an_interrupt_of_the_imports_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They come first, and people who have mistyped something are quick."""
+    """An interrupt during the imports, as after a typing mistake, gives no traceback."""
     monkeypatch.delitem(sys.modules, "vllm_hotswap.cli")
     monkeypatch.delattr("vllm_hotswap.cli")
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
@@ -345,7 +345,7 @@ def test_an_interrupt_of_the_imports_is_no_traceback(monkeypatch: pytest.MonkeyP
 def test_an_error_that_nobody_thought_of_is_one_line_with_its_place(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that it can be reported."""
+    """An unexpected error is one line with its place, so that it can be reported."""
     monkeypatch.setattr("vllm_hotswap.remote.call", lambda *_: 1 / 0)
 
     ended = run("status")
@@ -357,7 +357,7 @@ def test_an_error_that_nobody_thought_of_is_one_line_with_its_place(
     )
 
 
-# --- what answers, and is no server of ours -------------------------------------------------
+# --- programs that answer, but are not our server -------------------------------------------
 
 
 def answer(body: str | bytes, status: str = "200 OK", kind: str = "application/json") -> bytes:
@@ -388,7 +388,7 @@ ANSWERS = {
 
 
 SHAPES = ("a list", "an empty object", "other types", "null")
-"""JSON that each command has to make sense of; the rest is refused in one place for all."""
+"""JSON that each command has to interpret; one place refuses everything else for all of them."""
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,7 @@ SHAPES = ("a list", "an empty object", "other types", "null")
     [(command, name) for name in ANSWERS for command in (REMOTE if name in SHAPES else ["switch"])],
 )
 def test_whatever_answers_is_one_line(command: str, name: str, canned: Canned, run: Run) -> None:
-    """Which can be shown in a terminal, and says who has answered or what."""
+    """Any answer gives one printable line, which names the program that answered, or its answer."""
     canned.answer = ANSWERS[name]
 
     ended = run(*REMOTE[command], "--url", canned.url)
@@ -413,7 +413,7 @@ URLS += ["http://a b/", "http://x\ny", "http://x?y", "//", ":8000", "http://\udc
 
 @pytest.mark.parametrize("url", URLS[1:])
 def test_an_address_that_is_none_is_one_line(url: str, run: Run) -> None:
-    """It says what an address looks like."""
+    """An invalid address gets one line that shows the form of an address."""
     ended = run("status", "--url", url)
 
     assert 1 == ended.status
@@ -428,7 +428,7 @@ def test_an_address_that_is_none_is_one_line(url: str, run: Run) -> None:
 def test_what_is_wrong_in_a_variable_is_told_with_its_name(
     variable: str, value: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has typed it on that command line."""
+    """A mistake in a variable is reported with its name: it is not on the command line."""
     monkeypatch.setenv(variable, value)
 
     ended = run("status")
@@ -441,7 +441,7 @@ def test_what_is_wrong_in_a_variable_is_told_with_its_name(
 def test_other_forms_of_an_address_are_understood(
     form: str, listening: Listening, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of `OPENAI_BASE_URL`, and a host with a port; of the flag and of the variable."""
+    """The flag and the variable accept the forms of `OPENAI_BASE_URL`, and a host with a port."""
     url = form.format(url=listening.url, host=listening.url.removeprefix("http://"))
     monkeypatch.setenv(remote.URL_VARIABLE, url)
 
@@ -450,7 +450,7 @@ def test_other_forms_of_an_address_are_understood(
 
 
 def test_a_password_in_an_address_is_not_shown(canned: Canned, run: Run) -> None:
-    """It would end in somebody's log."""
+    """A password in an address is not shown, because it would end in a log."""
     canned.answer = b""
     url = canned.url.replace("://", "://ann:sk-canary@")
 
@@ -481,7 +481,7 @@ def test_a_password_in_an_address_is_not_shown(canned: Canned, run: Run) -> None
     ],
 )
 def test_a_command_line_that_cannot_be_understood_is_one_line(line: str, run: Run) -> None:
-    """And status 2, as for every program; the usage does not hide it."""
+    """A wrong command line gets one line and status 2; the usage does not hide the line."""
     ended = run(*line.split())
 
     assert (2, "") == (ended.status, ended.out)
@@ -490,7 +490,7 @@ def test_a_command_line_that_cannot_be_understood_is_one_line(line: str, run: Ru
 
 @pytest.mark.parametrize("command", sorted(set(REMOTE) - {"leases", "status"}))
 def test_a_name_that_is_no_text_is_one_line(command: str, canned: Canned, run: Run) -> None:
-    """As it comes from a shell in another encoding."""
+    """A name that is not text, from a shell in another encoding, gets one line."""
     name, _, *rest = REMOTE[command]
 
     ended = run(name, "\udcff", *rest, "--url", canned.url)
@@ -507,7 +507,7 @@ def test_a_name_that_is_no_text_is_one_line(command: str, canned: Canned, run: R
 def test_a_key_that_cannot_be_sent_is_one_line(
     command: str, key: str, canned: Canned, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which names where it is from, and does not show it."""
+    """A key that cannot be sent gets one line with its source, without the key."""
     ended = run(*REMOTE[command], "--url", canned.url, "--admin-key", key)
 
     assert 1 == ended.status
@@ -520,7 +520,7 @@ def test_a_key_that_cannot_be_sent_is_one_line(
 
 @pytest.fixture(scope="module")
 def paths(folder: Path) -> dict[str, str]:
-    """Paths at which nothing can be read, and nothing written."""
+    """Paths at which nothing can be read or written."""
     (folder / "file").write_text("")
     (folder / "binary.yaml").write_bytes(b"\xff\x00\xfe")
     (folder / "folder.yaml").mkdir()
@@ -552,7 +552,7 @@ READING = {
 def test_a_file_that_cannot_be_read_is_one_line(
     name: str, kind: str, paths: dict[str, str], canned: Canned, run: Run
 ) -> None:
-    """Whatever it is read for."""
+    """A file that cannot be read gets one line, whatever its purpose."""
     argv = [paths[kind] if word == "{}" else word for word in READING[name]]
 
     ended = run(*argv)
@@ -572,7 +572,7 @@ WRITING = {
 def test_a_place_that_cannot_be_written_is_one_line(
     name: str, kind: str, paths: dict[str, str], run: Run
 ) -> None:
-    """And nothing is left there."""
+    """A place that cannot be written gets one line, and nothing is left there."""
     places = {**paths, "a proc file": "/proc/self/nowhere"}
 
     ended = run(*(places[kind] if word == "{}" else word for word in WRITING[name]))
@@ -584,7 +584,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 def test_key_file_of_a_client_is_read_as_that_of_the_server(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first key of the file; the variable names one, too."""
+    """A client's key file is read like the server's: its first key; a variable may name it."""
     keys = tmp_path / "keys"
     keys.write_text("# ours\nsk-first # nightly\nsk-second\n")
     keys.chmod(0o600)

@@ -1,4 +1,4 @@
-"""The error tree: what a caller is told, and what it can do next."""
+"""The error tree: what a caller gets, and what it can do next."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TREE = {
 
 
 def test_docstring_draws_the_whole_tree() -> None:
-    """The tree in the module's docstring has every error, with its HTTP status."""
+    """The docstring's tree has every error with its HTTP status."""
     drawn = re.findall(r"[├└]── (\w+) +(\d{3})?", errors.__doc__ or "")
 
     assert {name: str(cls.status) for name, cls in TREE.items()} == {
@@ -40,12 +40,12 @@ def test_docstring_draws_the_whole_tree() -> None:
 
 @pytest.mark.parametrize("cls", TREE.values(), ids=TREE.keys())
 def test_error_has_a_code_of_its_own(cls: type[HotswapError]) -> None:
-    """Clients can tell every error from every other one by its code."""
+    """Every error has a code of its own."""
     assert [cls] == [other for other in TREE.values() if other.code == cls.code]
 
 
 def test_unknown_model_lists_the_configured_ones() -> None:
-    """The message gives the name, the fact and the next step."""
+    """The message names the model, the fact and the next step."""
     error = UnknownModel("gpt", ["llama", "qwen"])
 
     assert "model 'gpt' is not configured; configured: llama, qwen" == error.message
@@ -53,7 +53,7 @@ def test_unknown_model_lists_the_configured_ones() -> None:
 
 
 def test_not_active_names_the_active_model_and_how_to_switch() -> None:
-    """The message names what is active and the call that would change it."""
+    """The message gives the active model and the call that would change it."""
     error = ModelNotActive("qwen", "llama")
 
     assert (
@@ -63,7 +63,7 @@ def test_not_active_names_the_active_model_and_how_to_switch() -> None:
 
 
 def test_unknown_model_names_the_nearest() -> None:
-    """Where one is near; a name that is too long to be one is not compared."""
+    """A message suggests a near one; a name that is too long is not compared."""
     configured = ["llama", "qwen"]
 
     assert "model 'lama' is not configured; configured: llama, qwen; did you mean 'llama'?" == (
@@ -73,14 +73,14 @@ def test_unknown_model_names_the_nearest() -> None:
 
 
 def test_a_forgotten_response_is_told_with_how_many_are_kept() -> None:
-    """And that a restart forgets them all."""
+    """The message has the number of kept responses, and adds that a restart forgets them."""
     assert "keeps the latest 7 responses (limits.kept_responses), and none after a restart" in (
         UnknownResponse("resp-1", None, 7).message
     )
 
 
 def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
-    """The message says whose they are, and the setting."""
+    """The message says whether a rate is a key's or that of all without one, and the setting."""
     assert "this key may make 3 requests per minute (requests_per_minute, " in (
         RateLimited("requests", 3, 9).message
     )
@@ -90,7 +90,7 @@ def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
 
 
 def test_a_call_that_is_too_large_says_what_counts() -> None:
-    """And the setting."""
+    """The message says what counts, and names the setting."""
     assert (
         "this request needs more than 5 engine requests (prompts or items, times n); "
         "split it (limits.requests_per_call)"
@@ -98,12 +98,12 @@ def test_a_call_that_is_too_large_says_what_counts() -> None:
 
 
 def test_not_active_says_that_nothing_is_active() -> None:
-    """Without an active model the message does not name one."""
+    """The message says that no model is active, instead of naming one."""
     assert "no model is active" in ModelNotActive("qwen", None).message
 
 
 def test_switching_says_when_to_retry() -> None:
-    """A request for the model that is drained is told both models and how long to wait."""
+    """A request for the model that is drained gets both models and the time to wait."""
     error = ModelSwitching("llama", "qwen", 7)
 
     assert 7 == error.retry_after_s
@@ -112,7 +112,7 @@ def test_switching_says_when_to_retry() -> None:
 
 
 def test_conflict_names_both_targets_and_the_operation() -> None:
-    """A refused switch is told which one is under way."""
+    """The refusal of a switch says which switch is under way."""
     message = SwitchInProgress("qwen", "mistral", "switch-1").message
 
     assert "a switch to 'qwen' is in progress (operation switch-1)" in message
@@ -123,28 +123,28 @@ def test_conflict_names_both_targets_and_the_operation() -> None:
     ("serving", "then"), [("llama", "'llama' is still active"), (None, "no model is active")]
 )
 def test_failed_switch_names_phase_cause_and_what_serves_on(serving: str | None, then: str) -> None:
-    """The caller learns where it failed, why, and what is served now."""
+    """The caller learns where and why a switch failed, and which model is active now."""
     error = SwitchFailed("qwen", "bring_up", OSError("disk"), serving)
 
     assert f"switch to 'qwen' failed in phase bring_up: disk; {then}" == error.message
 
 
 def test_cut_request_is_told_the_deadline() -> None:
-    """The message names both models and the seconds without trailing zeros."""
+    """The message names both models and the seconds, without trailing zeros."""
     message = DrainCut("llama", "qwen", 2.0).message
 
     assert "still running 2 s after a switch to 'qwen' began to drain" in message
 
 
 def test_retry_after_is_the_class_default_or_what_is_given() -> None:
-    """An error may have a usual `Retry-After`; whoever raises it may know better."""
+    """An error may have a default `Retry-After`; code that raises it can give another."""
     assert 5 == EngineUnavailable("gone").retry_after_s
     assert 9 == EngineUnavailable("gone", retry_after_s=9).retry_after_s
     assert None is QueueFull("full").retry_after_s
 
 
 def test_invalid_request_names_its_parameter() -> None:
-    """`param` points at what is wrong."""
+    """`param` of an invalid request names the wrong field."""
     assert "drain_timeout" == InvalidRequest("wrong", "drain_timeout").param
 
 
@@ -157,5 +157,5 @@ def test_invalid_request_names_its_parameter() -> None:
     ],
 )
 def test_one_line_is_one_line(error: Exception, expected: str) -> None:
-    """Any exception fits on one line of a log or a message."""
+    """Every exception fits on one line of a log or a message."""
     assert expected == one_line(error)

@@ -1,4 +1,4 @@
-"""One request's answer, and what becomes of a refusal of its application."""
+"""The relay of one response, and the handling of a refusal by its application."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_hotswap.registry import Lease
 
 
 class Door:
-    """Notes who is refused and who is served, and holds nobody back."""
+    """Notes refused and served requests, and delays none."""
 
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -30,7 +30,7 @@ class Door:
 
 
 class Said:
-    """An answer, what its client was told, and its door."""
+    """A response, what its client was sent, and its door."""
 
     def __init__(self) -> None:
         self.door = Door()
@@ -54,13 +54,13 @@ class Said:
 
     @property
     def told(self) -> tuple[list[int], bytes]:
-        """Statuses, and the body."""
+        """Return the statuses and the body that the client got."""
         statuses = [message["status"] for message in self.sent if "status" in message]
         return statuses, b"".join(message.get("body", b"") for message in self.sent)
 
 
 async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> None:
-    """It is whole until then, in pieces or not, and noted as what the client got."""
+    """A refusal is kept complete until the lease is over, and noted as what the client got."""
     said = Said()
     await said.start(400)
     await said.body(b"no", more_body=True)
@@ -76,7 +76,7 @@ async def test_a_refusal_of_the_application_waits_until_the_lease_is_over() -> N
 
 @pytest.mark.parametrize(("status", "noted"), [(200, ["let in"]), (302, []), (499, []), (500, [])])
 async def test_other_answers_are_passed_on(status: int, noted: list[str]) -> None:
-    """Of them, the client is no cause, or has gone: none counts as a refusal."""
+    """Other responses, not the client's fault or after it left, do not count as refusals."""
     said = Said()
     await said.start(status)
     await said.body(b"words")
@@ -87,7 +87,7 @@ async def test_other_answers_are_passed_on(status: int, noted: list[str]) -> Non
 
 
 async def test_a_long_refusal_is_passed_on() -> None:
-    """Nothing large is kept, and it counts all the same."""
+    """A long refusal is not kept but passed on, and counts nevertheless."""
     said = Said()
     await said.start(404)
     await said.body(bytes(REFUSAL_BYTES), more_body=True)
@@ -102,7 +102,7 @@ async def test_a_long_refusal_is_passed_on() -> None:
 
 
 async def test_a_long_refusal_in_one_piece_is_passed_on() -> None:
-    """As vLLM sends them."""
+    """A long refusal in one piece, as vLLM sends it, is passed on."""
     said = Said()
     await said.start(400)
     await said.body(bytes(REFUSAL_BYTES + 1))
@@ -112,7 +112,7 @@ async def test_a_long_refusal_in_one_piece_is_passed_on() -> None:
 
 
 async def test_a_stream_that_was_begun_ahead_counts_as_what_it_becomes() -> None:
-    """Once, and not before."""
+    """An early stream counts once, as what it becomes, and not before its status is known."""
     for status, noted in ((200, ["let in"]), (400, ["noted"])):
         said = Said()
         await said.answer.begin_event_stream()
@@ -122,7 +122,7 @@ async def test_a_stream_that_was_begun_ahead_counts_as_what_it_becomes() -> None
 
 
 async def test_a_refusal_of_the_servers_own_waits_as_well() -> None:
-    """One that ends a lease: it is told when that is over."""
+    """A refusal that ends a lease is sent after the lease."""
     said = Said()
     await said.answer.cut(QueueFull("there is no room", retry_after_s=1))
     assert [] == said.sent
@@ -133,7 +133,7 @@ async def test_a_refusal_of_the_servers_own_waits_as_well() -> None:
 
 
 async def test_a_refusal_that_is_cut_is_no_answer() -> None:
-    """There is one answer, and it says why."""
+    """If a refusal is cut, the client gets only one answer, the one with the cause."""
     said = Said()
     await said.start(400)
     await said.answer.cut(AdapterUnavailable("llama", "it has failed"))
@@ -145,7 +145,7 @@ async def test_a_refusal_that_is_cut_is_no_answer() -> None:
 
 
 async def test_who_has_left_is_not_refused() -> None:
-    """Whoever gives up often is not kept waiting for it."""
+    """A client that has left is not refused, so leaving often does not delay it."""
     said = Said()
     said.lease.client_left = True
     await said.start(400)

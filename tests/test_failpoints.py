@@ -1,4 +1,4 @@
-"""Failpoints: what a specification may say, and what happens at a place that it names."""
+"""Failpoints: valid specifications, and the effect at a named place."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ print("lived on", flush=True)
 
 @pytest.fixture(autouse=True)
 def disarmed() -> Iterator[None]:
-    """No test leaves failpoints to the next one."""
+    """Disarm failpoints after each test."""
     yield
     failpoints.disable()
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """An empty specification in a file, and the failpoints armed with it."""
+    """Return a file with an empty specification, and arm failpoints with it."""
     path = tmp_path / "failpoints"
     path.write_text("")
     failpoints.enable(f"@{path}")
@@ -48,7 +48,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def replace(path: Path, text: str) -> None:
-    """As a test does it while a server reads: whole or not at all."""
+    """Replace it atomically, as a test does while a server reads."""
     new = path.with_suffix(".new")
     new.write_text(text)
     new.replace(path)
@@ -65,7 +65,7 @@ def run(specification: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_nothing_happens_unless_they_are_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even with the variable set: only a process's main reads it."""
+    """Without being enabled, nothing happens: only a process's main reads the variable."""
     monkeypatch.setenv(failpoints.VARIABLE, "host.load=raise")
 
     failpoint("host.load", "llama")
@@ -74,7 +74,7 @@ def test_nothing_happens_unless_they_are_enabled(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_place_fails_for_the_model_that_is_named() -> None:
-    """And for no other one; a rule without a model is for all."""
+    """A place fails for the named model only; a rule without a model applies to all."""
     failpoints.enable("host.load@llama=raise(no luck); host.wake=raise")
 
     failpoint("host.load", "qwen")
@@ -85,7 +85,7 @@ def test_a_place_fails_for_the_model_that_is_named() -> None:
 
 
 def test_a_rule_with_a_limit_ends() -> None:
-    """The next rule for the same place counts then."""
+    """After a rule's limit, the next rule for the same place applies."""
     failpoints.enable("host.step=2*sleep(0);host.step=1*raise")
 
     failpoint("host.step")
@@ -96,7 +96,7 @@ def test_a_rule_with_a_limit_ends() -> None:
 
 
 def test_a_blocking_sleep_takes_as_long_as_it_says() -> None:
-    """The thread waits."""
+    """A blocking sleep makes the thread itself wait, for the given time."""
     failpoints.enable("host.step=sleep(0.05)")
     before = time.monotonic()
 
@@ -106,7 +106,7 @@ def test_a_blocking_sleep_takes_as_long_as_it_says() -> None:
 
 
 async def test_a_coroutine_that_hangs_lets_others_run() -> None:
-    """And can be cancelled."""
+    """A hanging coroutine lets others run, and can be cancelled."""
     failpoints.enable("switch.drain=1*sleep(0);switch.drain=hang")
 
     await async_failpoint("switch.drain")
@@ -116,7 +116,7 @@ async def test_a_coroutine_that_hangs_lets_others_run() -> None:
 
 
 async def test_a_coroutine_fails_as_plain_code_does() -> None:
-    """With the text of the rule."""
+    """A coroutine fails with the text of the rule, as plain code does."""
     failpoints.enable("switch.drain@qwen=raise(boom)")
 
     await async_failpoint("switch.drain", "llama")
@@ -134,14 +134,14 @@ async def test_a_coroutine_fails_as_plain_code_does() -> None:
     ],
 )
 def test_a_process_ends_as_it_was_told(action: str, status: int) -> None:
-    """At the place that is named, and not before."""
+    """A process exits at the named place, and not earlier."""
     ended = run(f"host.load@llama={action}")
 
     assert (status, "") == (ended.returncode, ended.stdout)
 
 
 def test_a_process_can_be_stopped() -> None:
-    """As SIGSTOP does it: alive and silent, until SIGCONT."""
+    """A stopped process is alive and silent, as after SIGSTOP, until SIGCONT."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "host.load@llama=stop"], stdout=subprocess.PIPE, text=True
     )
@@ -153,7 +153,7 @@ def test_a_process_can_be_stopped() -> None:
 
 
 def test_a_file_is_read_again_when_it_is_replaced(file: Path) -> None:
-    """So one running server can be led through many faults."""
+    """A replaced file is read again, so that one running server can go through many faults."""
     failpoint("host.load")
     replace(file, "host.load=raise(first)\nhost.wake=raise")
     with pytest.raises(InjectedFault, match="first"):
@@ -164,7 +164,7 @@ def test_a_file_is_read_again_when_it_is_replaced(file: Path) -> None:
 
 
 def test_a_limit_in_a_file_holds_for_all_processes(file: Path) -> None:
-    """A restarted host does not begin to count anew; a file that was replaced does."""
+    """A restarted host does not reset the count; a replaced file does."""
     replace(file, "host.load@llama=1*exit(7)")
 
     assert [7, 0] == [run(f"@{file}").returncode for _ in range(2)]
@@ -173,7 +173,7 @@ def test_a_limit_in_a_file_holds_for_all_processes(file: Path) -> None:
 
 
 def test_a_hit_is_noted_beside_the_file(file: Path) -> None:
-    """A test can wait for it."""
+    """A hit is noted beside the file, so that a test can wait for it."""
     replace(file, "host.load=sleep(0)")
 
     failpoint("host.load", "llama")
@@ -184,7 +184,7 @@ def test_a_hit_is_noted_beside_the_file(file: Path) -> None:
 
 
 def test_a_file_that_becomes_wrong_disarms(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The server goes on, and says why nothing fails."""
+    """A file that becomes invalid disarms: the server continues, and logs why nothing fails."""
     replace(file, "host.load=raise")
     file.unlink()
     failpoint("host.load")
@@ -208,7 +208,7 @@ def test_a_file_that_becomes_wrong_disarms(file: Path, caplog: pytest.LogCapture
     ],
 )
 def test_a_wrong_specification_is_refused(specification: str, says: str) -> None:
-    """The message names the variable, the part, and what there is."""
+    """A wrong specification is refused with the variable, the wrong part and valid values."""
     with pytest.raises(ConfigError, match=r"VLLM_HOTSWAP_FAILPOINTS: ") as refused:
         failpoints.enable(specification)
 
@@ -219,7 +219,7 @@ def test_a_wrong_specification_is_refused(specification: str, says: str) -> None
 def test_a_server_does_not_start_with_a_wrong_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before it starts anything."""
+    """A server with a wrong specification stops before it starts anything."""
     monkeypatch.setenv(failpoints.VARIABLE, "host.lode=kill")
 
     with pytest.raises(ConfigError, match=r"unknown failpoint 'host\.lode'"):
@@ -227,5 +227,5 @@ def test_a_server_does_not_start_with_a_wrong_one(
 
 
 def test_every_phase_of_a_switch_has_one() -> None:
-    """Named after the phase."""
+    """Every phase of a switch has a failpoint with its name."""
     assert {f"switch.{phase}" for phase in SwitchPhase} <= set(failpoints.PLACES)

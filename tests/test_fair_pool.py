@@ -1,4 +1,4 @@
-"""Threads are shared between callers, not given to whoever asks for most."""
+"""Threads are shared between callers, not given to the caller with most jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOON_S = 30.0
 
 
 class Work:
-    """Jobs that note their names when they begin. The first one goes on when it is let."""
+    """Jobs that note their names when they start. The first one continues when it is released."""
 
     def __init__(self, pool: FairPool) -> None:
         self._pool = pool
@@ -24,7 +24,7 @@ class Work:
         self.is_held, self._gate = threading.Event(), threading.Event()
 
     def hold(self, caller: str) -> Future[None]:
-        """Occupy a thread; return when it is."""
+        """Occupy a thread; return once it is occupied."""
         future = self._pool.submit_for(caller, self._wait)
         assert self.is_held.wait(SOON_S)
         return future
@@ -76,7 +76,7 @@ def done(futures: list[Future[str]]) -> list[str]:
 
 
 def test_a_caller_waits_for_one_job_of_another(pool: FairPool, work: Work) -> None:
-    """However many that one has asked for before, and whether it has had a turn before or not."""
+    """A caller waits for one job of another, however many that has, and served before or not."""
     work.hold("a")
     jobs = work.ask("a", 100) + work.ask("b", 2) + work.ask("c", 1)
     work.let_go()
@@ -87,7 +87,7 @@ def test_a_caller_waits_for_one_job_of_another(pool: FairPool, work: Work) -> No
 
 
 def test_a_caller_with_a_thread_lets_others_have_the_next() -> None:
-    """It does not get the second one while somebody waits who has none."""
+    """A caller with a thread gets no second one while a caller without one waits."""
     pool = FairPool(2)
     work, other = Work(pool), Work(pool)
     work.hold("a")
@@ -101,7 +101,7 @@ def test_a_caller_with_a_thread_lets_others_have_the_next() -> None:
 
 
 def test_what_is_given_up_is_not_begun(pool: FairPool, work: Work) -> None:
-    """Its caller's other jobs are, and those of others."""
+    """A cancelled job never starts; its caller's other jobs do, and so do those of others."""
     work.hold("a")
     first, second = work.ask("a", 2)
     other = work.ask("b", 1)
@@ -115,7 +115,7 @@ def test_what_is_given_up_is_not_begun(pool: FairPool, work: Work) -> None:
 
 
 def test_what_goes_wrong_is_told(pool: FairPool, work: Work) -> None:
-    """To whoever asked; the thread goes on."""
+    """An error of a job goes to its caller, and the thread continues."""
 
     def fail() -> None:
         raise ValueError("no grammar")
@@ -127,7 +127,7 @@ def test_what_goes_wrong_is_told(pool: FairPool, work: Work) -> None:
 
 @pytest.mark.parametrize("cancels", [False, True])
 def test_a_pool_that_ends_does_what_it_has_or_gives_it_up(work: Work, cancels: bool) -> None:
-    """What runs is not stopped, and nothing new is taken in."""
+    """Running jobs end, queued ones run or are dropped as asked, and new ones are refused."""
     pool = FairPool(1)
     mine = Work(pool)
     running = mine.hold("a")
@@ -166,7 +166,7 @@ print("over")
 
 
 def test_a_job_without_end_does_not_keep_the_process() -> None:
-    """Its thread is not waited for when the interpreter ends."""
+    """The interpreter's exit does not wait for a job without end."""
     ended = subprocess.run(
         [sys.executable, "-c", ENDLESS], capture_output=True, text=True, timeout=SOON_S, check=True
     )
@@ -174,7 +174,7 @@ def test_a_job_without_end_does_not_keep_the_process() -> None:
 
 
 def test_several_jobs_at_once_have_a_thread_each() -> None:
-    """Those that have been idle, and new ones."""
+    """Several jobs at once each have a thread, an idle one or a new one."""
     pool = FairPool(2)
     assert ["a0"] == done(Work(pool).ask("a", 1))
     both = threading.Barrier(2)
@@ -191,14 +191,14 @@ def clock() -> Clock:
 
 @pytest.fixture
 def spare(clock: Clock) -> Iterator[FairPool]:
-    """One thread, and two more for what is overdue."""
+    """One thread, and two spare threads for overdue jobs."""
     pool = FairPool(1, spare=2, clock=clock)
     yield pool
     pool.shutdown()
 
 
 def test_others_do_not_wait_for_a_job_that_is_overdue(spare: FairPool, clock: Clock) -> None:
-    """Its caller's do not wait, either: they are refused, until it has ended."""
+    """Others get a spare thread; jobs of the overdue job's caller are refused until it ends."""
     slow = Work(spare)
     slow.hold("a")
     mine, others = Work(spare).ask("a", 2), Work(spare).ask("b", 2)
@@ -223,7 +223,7 @@ def test_others_do_not_wait_for_a_job_that_is_overdue(spare: FairPool, clock: Cl
 
 
 def test_a_caller_is_served_again_when_its_job_has_ended(spare: FairPool, clock: Clock) -> None:
-    """However long that took."""
+    """A caller is served again after its overdue job, however long that took."""
     slow = Work(spare)
     held = slow.hold("a")
     clock.now_s = LONG_S + 1
@@ -236,7 +236,7 @@ def test_a_caller_is_served_again_when_its_job_has_ended(spare: FairPool, clock:
 
 
 def test_there_is_an_end_to_spare_threads(spare: FairPool, clock: Clock) -> None:
-    """When all are taken by what is overdue, nobody is kept waiting for one."""
+    """When overdue jobs occupy all threads, new jobs are refused at once."""
     slow = []
     for caller in "abc":
         slow.append(Work(spare))
@@ -255,7 +255,7 @@ def test_there_is_an_end_to_spare_threads(spare: FairPool, clock: Clock) -> None
 def test_what_waits_is_refused_when_the_last_thread_is_overdue(
     spare: FairPool, clock: Clock
 ) -> None:
-    """Whoever asked for it."""
+    """When the last thread is overdue, the waiting jobs of every caller are refused."""
     slow = [Work(spare) for _ in "abc"]
     for work, caller in zip(slow, "abc", strict=True):
         work.hold(caller)
@@ -271,7 +271,7 @@ def test_what_waits_is_refused_when_the_last_thread_is_overdue(
 
 
 def test_a_pool_without_spare_threads_has_nothing_overdue(pool: FairPool, work: Work) -> None:
-    """What waits goes on to."""
+    """Without spare threads, queued jobs keep waiting."""
     work.hold("a")
     later = work.ask("a", 1)
     pool.look()

@@ -1,4 +1,4 @@
-"""The fake engine keeps the rules that tests rely on, and its witnesses tell if it does not."""
+"""The fake engine keeps the rules that tests rely on, and its witnesses record violations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_hotswap.testing.fake_engine import FakeEngine, FakeHost, FakeSettings
 
 @pytest.fixture
 async def host() -> FakeHost:
-    """Two loaded engines, llama is stepped."""
+    """Two loaded engines, of which llama is stepped."""
     qwen = FakeSettings(load_s=0.001, token_s=0.001, weights_bytes=10, kv_bytes=20)
     host = FakeHost(("llama", "qwen"), {"qwen": qwen})
     await host.start()
@@ -37,7 +37,7 @@ def post(engine: FakeEngine, path: str, **body: Any) -> asyncio.Task[httpx.Respo
 
 
 async def test_engine_that_is_not_loaded_has_no_application() -> None:
-    """It holds nothing and cannot be activated; what it needs is known all the same."""
+    """An unloaded engine holds nothing and cannot be activated; its needs are known."""
     host = FakeHost(("llama",))
     engine = host.engines["llama"]
 
@@ -50,7 +50,7 @@ async def test_engine_that_is_not_loaded_has_no_application() -> None:
 
 
 async def test_load_reports_its_stages() -> None:
-    """The same stages as a real load."""
+    """A load reports the stages of a real load."""
     stages: list[str] = []
 
     await FakeHost(("llama",)).engines["llama"].load(stages.append)
@@ -59,7 +59,7 @@ async def test_load_reports_its_stages() -> None:
 
 
 async def test_loaded_engines_hold_memory(host: FakeHost) -> None:
-    """What the settings say, and their sum in the host."""
+    """Loaded engines hold what the settings say, and their sum is the host's."""
     memory = host.engines["qwen"].memory
 
     assert (10, 20) == (memory.weights_bytes, memory.kv_bytes)
@@ -70,7 +70,7 @@ async def test_loaded_engines_hold_memory(host: FakeHost) -> None:
 async def test_sleep_gives_memory_back_and_keeps_requests(
     host: FakeHost, level: int, held: int
 ) -> None:
-    """Level 1 keeps the weights, level 2 nothing; what runs goes on after the next activation."""
+    """Level 1 keeps the weights, level 2 nothing; requests continue after the next activation."""
     qwen = host.engines["qwen"]
     await qwen.activate(2)
     words = qwen.tokens(2)
@@ -86,7 +86,7 @@ async def test_sleep_gives_memory_back_and_keeps_requests(
 
 
 async def test_sleeping_engine_cannot_be_activated(host: FakeHost) -> None:
-    """It must be woken first."""
+    """A sleeping engine must be woken before it can be activated."""
     await host.engines["qwen"].sleep(1)
 
     with pytest.raises(HotswapError, match="engine 'qwen' is not loaded"):
@@ -94,7 +94,7 @@ async def test_sleeping_engine_cannot_be_activated(host: FakeHost) -> None:
 
 
 async def test_wake_that_fails_leaves_nothing(host: FakeHost) -> None:
-    """The engine is unloaded, and can be loaded again."""
+    """An engine whose wake fails is unloaded, and can be loaded again."""
     qwen = host.engines["qwen"]
     await qwen.sleep(1)
     host.fail_next("wake", "qwen")
@@ -108,7 +108,7 @@ async def test_wake_that_fails_leaves_nothing(host: FakeHost) -> None:
 
 
 async def test_unload_gives_everything_back_but_the_frontend(host: FakeHost) -> None:
-    """Twice is as good as once; a later load finds the frontend there."""
+    """An unload can be repeated, and keeps only the frontend, which a later load reuses."""
     qwen, stages = host.engines["qwen"], list[str]()
 
     await qwen.unload()
@@ -122,7 +122,7 @@ async def test_unload_gives_everything_back_but_the_frontend(host: FakeHost) -> 
 
 @pytest.mark.parametrize(("limit", "read"), [(3, 3), (100, 10)])
 async def test_prefetch_reads_as_far_as_it_may(host: FakeHost, limit: int, read: int) -> None:
-    """At most the limit, at most the weights."""
+    """A prefetch reads at most its limit, and at most the weights."""
     assert read == await host.engines["qwen"].prefetch(limit, lambda _: None)
 
 
@@ -143,7 +143,7 @@ async def test_prefetch_reads_as_far_as_it_may(host: FakeHost, limit: int, read:
 def test_footprint_is_what_the_device_knows(
     settings: FakeSettings, usage: list[Usage | None]
 ) -> None:
-    """A CPU keeps sleeping weights on the device, an accelerator moves them to the host."""
+    """On a CPU sleeping weights stay on the device; on an accelerator they move to the host."""
     footprint = FakeHost(("a",), {"a": settings}).engines["a"].footprint
 
     assert usage == [footprint.usage.get(residency) for residency in LADDER[1:]]
@@ -151,7 +151,7 @@ def test_footprint_is_what_the_device_knows(
 
 
 async def test_most_that_was_held_is_witnessed(host: FakeHost) -> None:
-    """A plan that holds too much for a moment is found out."""
+    """The most that was held is recorded, which reveals a plan that holds too much for a moment."""
     await host.engines["llama"].unload()
     await host.engines["llama"].load(lambda stage: None)
     await host.engines["qwen"].unload()
@@ -161,7 +161,7 @@ async def test_most_that_was_held_is_witnessed(host: FakeHost) -> None:
 
 
 async def test_only_the_activated_engine_is_stepped(host: FakeHost) -> None:
-    """Activation of one parks the other."""
+    """Only the activated engine is stepped; activating one parks the other."""
     await host.engines["qwen"].activate(2)
 
     assert [False, True] == [engine.is_stepped for engine in host.engines.values()]
@@ -181,7 +181,7 @@ async def test_only_the_activated_engine_is_stepped(host: FakeHost) -> None:
 async def test_routes_answer_in_openais_shape(
     host: FakeHost, path: str, body: dict[str, Any], part: str
 ) -> None:
-    """Chat, completions, embeddings and tokenisation, streamed or not."""
+    """Chat, completions, embeddings and tokenisation answer in OpenAI's form, streamed or not."""
     response = await post(host.engines["llama"], path, model="llama", **body)
 
     assert 200 == response.status_code
@@ -189,14 +189,14 @@ async def test_routes_answer_in_openais_shape(
 
 
 async def test_request_for_another_model_is_noticed(host: FakeHost) -> None:
-    """A router that sends a request to the wrong engine is found out."""
+    """A request with another model's name is recorded, which reveals a wrong router."""
     response = await post(host.engines["llama"], "/v1/chat/completions", model="qwen")
 
     assert 404 == response.status_code
 
 
 async def test_parked_engine_answers_after_its_activation(host: FakeHost) -> None:
-    """A request that comes in while the engine is parked waits."""
+    """A request that arrives while the engine is parked waits."""
     call = post(host.engines["qwen"], "/v1/chat/completions")
     await settled()
     assert not call.done()
@@ -207,7 +207,7 @@ async def test_parked_engine_answers_after_its_activation(host: FakeHost) -> Non
 
 
 async def test_request_that_is_parked_freezes_and_goes_on(host: FakeHost) -> None:
-    """Nothing of its answer is lost."""
+    """The answer of a request that was parked is complete."""
     words = host.engines["llama"].tokens(3)
     first = await anext(words)
 
@@ -221,7 +221,7 @@ async def test_request_that_is_parked_freezes_and_goes_on(host: FakeHost) -> Non
 
 
 async def test_word_that_takes_its_time_waits_for_its_engine(host: FakeHost) -> None:
-    """Its engine was parked in the middle of it; it is told when that is stepped again."""
+    """A word whose engine was parked in the meantime is sent once the engine is stepped again."""
     qwen = host.engines["qwen"]
     await qwen.activate(2)
     word = asyncio.ensure_future(anext(qwen.tokens(1)))
@@ -237,7 +237,7 @@ async def test_word_that_takes_its_time_waits_for_its_engine(host: FakeHost) -> 
 
 
 async def test_engine_that_is_stepped_while_parked_is_witnessed(host: FakeHost) -> None:
-    """A switch that moves the pointer in the middle of a step is found out."""
+    """A step of a parked engine is recorded: the pointer must not move in the middle of a step."""
     host.hold("step", "llama")
     word = asyncio.ensure_future(anext(host.engines["llama"].tokens(1)))
     await settled()
@@ -250,7 +250,7 @@ async def test_engine_that_is_stepped_while_parked_is_witnessed(host: FakeHost) 
 
 
 async def test_operation_is_held_until_it_is_released(host: FakeHost) -> None:
-    """Tests can stop the world at an operation."""
+    """A test can pause everything at an operation, until it releases it."""
     host.hold("activate", "qwen")
     activation = asyncio.ensure_future(host.engines["qwen"].activate(2))
     await settled()
@@ -264,7 +264,7 @@ async def test_operation_is_held_until_it_is_released(host: FakeHost) -> None:
 
 
 async def test_operation_fails_once_on_request(host: FakeHost) -> None:
-    """The next one fails, the one after it does not."""
+    """Only the next operation fails on request, and not the one after it."""
     host.fail_next("activate", "qwen")
 
     with pytest.raises(HotswapError, match="activate of 'qwen' was made to fail"):
@@ -273,7 +273,7 @@ async def test_operation_fails_once_on_request(host: FakeHost) -> None:
 
 
 def test_missing_files_fail_the_validation() -> None:
-    """A model whose folder went away."""
+    """The validation fails for a model whose folder has disappeared."""
     engine = FakeHost(("llama",)).engines["llama"]
     engine.validate()
 
@@ -284,7 +284,7 @@ def test_missing_files_fail_the_validation() -> None:
 
 
 async def test_killed_host_fails_operations(host: FakeHost) -> None:
-    """Also the ones that are held."""
+    """A killed host fails operations, even held ones."""
     host.hold("activate", "qwen")
     activation = asyncio.ensure_future(host.engines["qwen"].activate(2))
     await settled()
@@ -297,7 +297,7 @@ async def test_killed_host_fails_operations(host: FakeHost) -> None:
 
 
 async def test_killed_engine_is_reported(host: FakeHost) -> None:
-    """Whoever registered is told the alias, the cause, and which load has died."""
+    """If an engine is killed, the callback gets its alias, the cause, and the load's number."""
     told: list[tuple[str, str, int]] = []
     host.on_engine_failed(lambda *failure: told.append(failure))
 
@@ -308,7 +308,7 @@ async def test_killed_engine_is_reported(host: FakeHost) -> None:
 
 
 async def test_host_and_engines_tell_their_state(host: FakeHost) -> None:
-    """Failing tests can be read."""
+    """The text forms of host and engines make failed tests readable."""
     assert "<FakeHost engines=['llama', 'qwen'] stepped=['llama']>" == repr(host)
     assert "<FakeEngine llama loaded=True stepped=True>" == repr(host.engines["llama"])
 

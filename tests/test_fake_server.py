@@ -1,4 +1,4 @@
-"""`serve --fake` and `demo --fake`: a complete server where no vLLM is."""
+"""`serve --fake` and `demo --fake`: a complete server without vLLM."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ for name in ("vllm", "torch", "transformers"):
 from vllm_hotswap.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-"""The command line in an environment that has none of them."""
+"""The command line in an environment without vLLM and torch."""
 
 OWN = """\
 default_model: big
@@ -73,7 +73,7 @@ models:
 memory:
   device: 64GiB
 """
-"""A file of somebody's who has none of the checkpoints."""
+"""A user's file without any of its checkpoints."""
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -96,7 +96,7 @@ ARGUMENTS = {"city": "fake", "class": "second", "seats": 2}
 
 @dataclass
 class Fake:
-    """A fake server: its process, and clients of it."""
+    """A fake server: its process and its clients."""
 
     process: subprocess.Popen[str]
     http: httpx.Client
@@ -106,7 +106,7 @@ class Fake:
 
 @contextmanager
 def fake_server(folder: Path, *flags: str, models: str | None = None) -> Iterator[Fake]:
-    """A server on this file, else on the demo's; it has been told to stop at the end."""
+    """Run a fake server on this file, or on the demo's; at the end it has been asked to stop."""
     folder.mkdir(exist_ok=True)
     config, port_file, log = folder / "models.yaml", folder / "port", folder / "log"
     config.write_text(models) if models is not None else demo.write(folder)
@@ -138,7 +138,7 @@ def fake_server(folder: Path, *flags: str, models: str | None = None) -> Iterato
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fake]:
-    """A server on a file of somebody's own."""
+    """A server on a user's own file."""
     with fake_server(tmp_path_factory.mktemp("own"), "--fake-pace", "0.001", models=OWN) as server:
         yield server
 
@@ -148,7 +148,7 @@ def user(text: str) -> list[Any]:
 
 
 def test_a_whole_server_runs_without_vllm(tmp_path: Path) -> None:
-    """It lists, answers, switches, and says in each place that it is fake."""
+    """Without vLLM the server lists, answers and switches, and always says that it is fake."""
     with fake_server(tmp_path, "--max-model-len", "2048") as fake:
         listed = fake.http.get("/v1/models").json()["data"]
         assert ["llama", "qwen", "embed"] == [model["id"] for model in listed]
@@ -172,7 +172,7 @@ def test_a_whole_server_runs_without_vllm(tmp_path: Path) -> None:
 
 
 def test_a_file_of_ones_own_needs_none_of_its_checkpoints(own: Fake) -> None:
-    """Names, tasks, sizes and adapters are the file's."""
+    """Names, tasks, sizes and adapters come from the user's file, without any checkpoint."""
     listed = own.http.get("/v1/models").json()["data"]
     status = own.http.get("/admin/status").json()
 
@@ -190,7 +190,7 @@ def test_a_file_of_ones_own_needs_none_of_its_checkpoints(own: Fake) -> None:
 
 
 def test_what_does_not_fit_is_evicted(own: Fake) -> None:
-    """As on an accelerator: its weights go to host memory."""
+    """What does not fit is evicted, as on an accelerator: weights go to host memory."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     switched = own.http.post("/v1/models/switch", json={"model": "small"}).json()
     status = own.http.get("/admin/status").json()
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_evicted(own: Fake) -> None:
 
 
 def test_openais_client_takes_its_answers(own: Fake) -> None:
-    """In one piece and as a stream; an adapter answers by its name."""
+    """OpenAI's client reads whole answers and streams; an adapter answers by its name."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     chats = own.openai.chat.completions
     whole = chats.create(model="pirate", messages=user("Hi"))
@@ -229,7 +229,7 @@ def test_openais_client_takes_its_answers(own: Fake) -> None:
 
 
 def test_a_tool_is_called_with_arguments_of_its_schema(own: Fake) -> None:
-    """At once or in pieces; after its result comes text."""
+    """A tool call has arguments of its schema, whole or in pieces; after its result comes text."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     chats = own.openai.chat.completions
     choice = chats.create(model="big", messages=user("Trains?"), tools=[TOOL]).choices[0]
@@ -255,7 +255,7 @@ def test_a_tool_is_called_with_arguments_of_its_schema(own: Fake) -> None:
 
 
 def test_a_model_that_is_not_set_up_for_tools_refuses_them(own: Fake) -> None:
-    """As vLLM does without `enable_auto_tool_choice`; a tool that is named is called."""
+    """Without `enable_auto_tool_choice` tools are refused, as by vLLM; a named tool is called."""
     own.http.post("/v1/models/switch", json={"model": "small"}).raise_for_status()
     chats = own.openai.chat.completions
     with pytest.raises(BadRequestError, match='"auto" tool choice requires'):
@@ -282,7 +282,7 @@ MALFORMED: list[tuple[str, Any, str]] = [
 def test_a_malformed_request_is_told_what_is_wrong(
     own: Fake, route: str, body: dict[str, Any], message: str
 ) -> None:
-    """With 400, as from vLLM."""
+    """A malformed request gets 400 with what is wrong, as from vLLM."""
     own.http.post("/v1/models/switch", json={"model": "small"}).raise_for_status()
     answer = own.http.post(f"/v1/{route}", json={"model": "small", **body})
 
@@ -292,7 +292,7 @@ def test_a_malformed_request_is_told_what_is_wrong(
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 def test_texts_have_vectors_of_their_own(own: Fake, encoding: Any) -> None:
-    """One for each, of length 1, the same every time."""
+    """Each text has its own vector of length 1, the same every time."""
     own.http.post("/v1/models/switch", json={"model": "vectors"}).raise_for_status()
     ask = own.openai.embeddings.with_raw_response.create
     made = ask(model="vectors", input=["one", "two", "one"], encoding_format=encoding).parse()
@@ -305,7 +305,7 @@ def test_texts_have_vectors_of_their_own(own: Fake, encoding: Any) -> None:
 
 
 def test_responses_are_made_and_streamed(own: Fake) -> None:
-    """As OpenAI's client reads them."""
+    """Responses are made and streamed so that OpenAI's client can read them."""
     own.http.post("/v1/models/switch", json={"model": "big"}).raise_for_status()
     made = own.openai.responses.create(model="big", input="Hi")
     events = list(own.openai.responses.create(model="big", input="Hi", stream=True))
@@ -321,7 +321,7 @@ def test_responses_are_made_and_streamed(own: Fake) -> None:
 
 
 def test_the_file_of_the_guide_evicts_as_it_says(tmp_path: Path) -> None:
-    """Its checkpoints are not here, and both models together are too large."""
+    """The guide's file, without its checkpoints, evicts: both models together are too large."""
     (models,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     with fake_server(tmp_path, "--fake-pace", "0", models=models) as fake:
         switched = fake.http.post("/v1/models/switch", json={"model": "small"}).json()
@@ -331,7 +331,7 @@ def test_the_file_of_the_guide_evicts_as_it_says(tmp_path: Path) -> None:
 
 
 def test_in_the_mode_auto_a_request_is_enough(tmp_path: Path) -> None:
-    """It switches, and says so."""
+    """In `auto` a request is enough to switch, and a header reports the switch."""
     models = OWN + "switching:\n  mode: auto\n"
     with fake_server(tmp_path, "--fake-pace", "0", models=models) as fake:
         answer = fake.http.post(
@@ -342,7 +342,7 @@ def test_in_the_mode_auto_a_request_is_enough(tmp_path: Path) -> None:
 
 
 def test_the_demo_runs_on_fake_engines(capsys: pytest.CaptureFixture[str]) -> None:
-    """All of it."""
+    """Every step of the demo works on fake engines."""
     assert 0 == main(["demo", "--fake"])
 
     said = capsys.readouterr().out
@@ -366,7 +366,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("models", "flags", "message"), MISTAKES)
 def test_a_mistake_is_one_line(tmp_path: Path, models: str, flags: list[str], message: str) -> None:
-    """With what is wrong in it; nothing is served."""
+    """A mistake is one line that says what is wrong; nothing is served."""
     (tmp_path / "models.yaml").write_text(models)
     command = [sys.executable, "-c", WITHOUT_VLLM, "serve", str(tmp_path / "models.yaml"), "--fake"]
     ended = subprocess.run(
@@ -381,7 +381,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, models: str, flags: list[str], me
 
 
 def test_a_pace_needs_fake_engines(capsys: pytest.CaptureFixture[str]) -> None:
-    """vLLM's engines are as fast as they are."""
+    """A pace is refused without fake engines: vLLM's cannot be slowed down."""
     with pytest.raises(SystemExit) as ended:
         main(["serve", "models.yaml", "--fake-pace", "1"])
 
@@ -390,7 +390,7 @@ def test_a_pace_needs_fake_engines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_flags_are_vllms() -> None:
-    """Those of the server; others are told, and have no effect."""
+    """Flags of the server work; others are reported, and have no effect."""
     args, unused = parse_flags(["--uds", "/run/x", "--api-key", "a", "b", "--dtype", "auto"])
 
     assert ("/run/x", ["a", "b"], 8000) == (args.uds, args.api_key, args.port)
@@ -405,6 +405,6 @@ def test_flags_are_vllms() -> None:
     ],
 )
 def test_a_value_that_no_flag_takes_is_refused(flags: list[str], message: str) -> None:
-    """In one line."""
+    """A value that no flag accepts is refused in one line."""
     with pytest.raises(ConfigError, match=message):
         parse_flags(flags)

@@ -41,7 +41,7 @@ def in_virtual_time(main: Coroutine[Any, Any, None]) -> None:
 
 
 def test_a_drain_ends_under_steady_arrivals() -> None:
-    """Row 7: fifty requests a second, for source and target alike, do not hold it up."""
+    """Row 7: fifty requests per second, for source and target alike, do not delay it."""
 
     async def main() -> None:
         server = await Server(load=("llama", "qwen"), settings=SLOW, drain_timeout=5).start()
@@ -72,7 +72,7 @@ def test_a_drain_ends_under_steady_arrivals() -> None:
 def test_a_jump_of_the_clock_changes_no_deadline(
     monkeypatch: pytest.MonkeyPatch, jump_s: float
 ) -> None:
-    """Row 58: the wall clock is set while a drain is under way."""
+    """Row 58: setting the wall clock during a drain changes no deadline."""
 
     async def main() -> None:
         server = await Server(load=("llama", "qwen"), settings=SLOW, drain_timeout=5).start()
@@ -93,11 +93,11 @@ def test_a_jump_of_the_clock_changes_no_deadline(
     in_virtual_time(main())
 
 
-# --- what is generated --------------------------------------------------------------------------
+# --- outputs ------------------------------------------------------------------------------------
 
 
 async def test_a_late_output_of_another_epoch_is_never_delivered(server: Server) -> None:
-    """Row 60: it is counted, and its request ends with an error."""
+    """Row 60: it is counted, and its request gets an error."""
     stream = await server.start_stream("llama", words=5)
     server.host.engines["llama"].stamp = ("llama", 0)
     answer = await stream.finish()
@@ -109,7 +109,7 @@ async def test_a_late_output_of_another_epoch_is_never_delivered(server: Server)
 
 
 async def test_a_wrong_canary_keeps_the_gate_shut(server: Server) -> None:
-    """Row 43: nobody is served by the target; whoever waited for it hears it, the source stays."""
+    """Row 43: the target serves no request; waiting requests get the cause, the source stays."""
     await server.switch("mistral")
     await server.switch("llama")
     await server.post("/admin/models/mistral/unload")
@@ -137,14 +137,14 @@ PATIENT = {**QUICK, "max_restarts": 1000, "max_backoff": 0}
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KillableServer]:
-    """One server whose host dies again and again."""
+    """One server whose host dies repeatedly."""
     with KillableServer(tmp_path_factory.mktemp("killable"), recovery=PATIENT) as server:
         yield server
 
 
 @pytest.fixture
 def killable(shared: KillableServer) -> Iterator[KillableServer]:
-    """It serves llama, with qwen parked and mistral cold, and does so again in the end."""
+    """It serves llama, with qwen parked and mistral cold; at the end it is ready again."""
     for alias in ("qwen", "llama"):
         switched = shared.switch(alias)
         assert 200 == switched.status_code, switched.text
@@ -156,7 +156,7 @@ def killable(shared: KillableServer) -> Iterator[KillableServer]:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Clients beside the test."""
+    """Threads for clients that run beside the test."""
     with ThreadPoolExecutor(32) as pool:
         yield pool
 
@@ -186,7 +186,7 @@ DEATHS = {
 def test_the_hosts_end_in_any_phase_fails_everything_at_once_and_is_repaired(
     killable: KillableServer, pool: ThreadPoolExecutor, phase: str, action: str
 ) -> None:
-    """Rows 22 to 27 and 37: nobody hangs, nobody gets half an answer, and all models are back."""
+    """Rows 22 to 27 and 37: no request hangs or gets half an answer; all models come back."""
     restarts = killable.restarts
     killable.faults.inject(f"switch.drain@mistral=1*sleep(0.2);{DEATHS[phase]}=1*{action}")
     running = pool.submit(killable.ask, "llama", 30)
@@ -203,7 +203,7 @@ def test_the_hosts_end_in_any_phase_fails_everything_at_once_and_is_repaired(
 
 @pytest.mark.parametrize("fault", ["kill", "raise", "hang"])
 def test_a_fault_in_a_wake_that_nobody_has_asked_for(tmp_path: Path, fault: str) -> None:
-    """The host's end is that of any other moment; an error ends the wake, and nothing else."""
+    """In a wake ahead of a request, the host's death is repaired; an error ends only the wake."""
     recovery = {"step_timeout": 1, "command_timeout": 1}
     with KillableServer(tmp_path, slices=4, recovery=recovery) as server:
         assert 200 == server.client.post("/admin/models/qwen/sleep").status_code
@@ -222,7 +222,7 @@ def test_a_fault_in_a_wake_that_nobody_has_asked_for(tmp_path: Path, fault: str)
 
 
 def test_the_host_is_the_first_to_go_when_memory_runs_out(killable: KillableServer) -> None:
-    """Row 37: the kernel prefers it to the server, which can start it again."""
+    """Row 37: the kernel prefers to kill it rather than the server, which can restart it."""
 
     def score(process: psutil.Process) -> int:
         return int(Path(f"/proc/{process.pid}/oom_score_adj").read_text())
@@ -234,7 +234,7 @@ def test_the_host_is_the_first_to_go_when_memory_runs_out(killable: KillableServ
 def test_what_hangs_is_ended_at_its_deadline(
     killable: KillableServer, pool: ThreadPoolExecutor, place: str
 ) -> None:
-    """Rows 19 and 33: the host gives signs of life, but its thread does not come back."""
+    """Rows 19 and 33: a host whose thread hangs is restarted, although it answers probes."""
     restarts, before = killable.restarts, killable.faults.hits(place)
     killable.faults.inject(f"{place}=1*hang")
     running = pool.submit(killable.ask, "llama", 30)
@@ -249,7 +249,7 @@ def test_what_hangs_is_ended_at_its_deadline(
 
 
 def test_a_target_that_kills_the_host_is_not_brought_back(killable: KillableServer) -> None:
-    """Row 25: it never was verified, and the source was fine."""
+    """Row 25: it was never verified, and the source was healthy."""
     killable.faults.inject("host.step@mistral=kill")
 
     failed = killable.switch("mistral")
@@ -263,7 +263,7 @@ def test_a_target_that_kills_the_host_is_not_brought_back(killable: KillableServ
 def test_an_engine_that_dies_in_a_drain_ends_its_requests_alone(
     killable: KillableServer, pool: ThreadPoolExecutor
 ) -> None:
-    """Row 18: the exception of a step is not the host's death."""
+    """Row 18: an exception in a step does not kill the host."""
     host = killable.host
     running = pool.submit(killable.ask, "llama", 300)
     wait_until(lambda: killable.status["models"]["llama"]["in_flight"] == 1)
@@ -281,7 +281,7 @@ def test_an_engine_that_dies_in_a_drain_ends_its_requests_alone(
 
 
 def test_a_host_that_dies_on_the_way_back_too_is_repaired(killable: KillableServer) -> None:
-    """Row 45: the rollback's own failure."""
+    """Row 45: a death of the host during the rollback is repaired, too."""
     killable.faults.inject("host.activate@qwen=1*raise;host.activate@llama=1*kill")
 
     failed = killable.switch("qwen")
@@ -294,13 +294,13 @@ def test_a_host_that_dies_on_the_way_back_too_is_repaired(killable: KillableServ
 def test_a_server_without_any_model_is_repaired_when_its_files_are(
     killable: KillableServer,
 ) -> None:
-    """Rows 44 and 46: alive, not ready, and it says why; no restart of the server is needed."""
+    """Rows 44 and 46: the server is live, not ready, gives the reason, and needs no restart."""
     killable.faults.inject("host.activate=raise(no device)")
     failed = killable.switch("qwen")
     wait_until(lambda: "no device" in killable.client.get("/ready").text)
     ready = killable.client.get("/ready")
     live = killable.client.get("/health")
-    wait_until(lambda: killable.status["state"] == "degraded")  # between two tries to recover
+    wait_until(lambda: killable.status["state"] == "degraded")  # between two recovery attempts
     asked = killable.ask("llama")
     killable.faults.clear()
 
@@ -313,7 +313,7 @@ def test_a_server_without_any_model_is_repaired_when_its_files_are(
 
 
 def test_a_host_that_cannot_live_is_given_up(tmp_path: Path) -> None:
-    """Row 45: a bounded number of restarts, then status 1, and nobody is left."""
+    """Row 45: after a bounded number of restarts, the server exits with 1 and leaves no process."""
     recovery = {"max_restarts": 3, "max_backoff": 0}
     with KillableServer(tmp_path, recovery=recovery) as server:
         server.faults.inject("host.load=kill;host.step=kill")
@@ -329,7 +329,7 @@ def test_a_host_that_cannot_live_is_given_up(tmp_path: Path) -> None:
 def test_a_server_that_was_stopped_does_not_take_its_host_for_dead(
     killable: KillableServer,
 ) -> None:
-    """Row 42: for longer than the host may be silent, as when its loop is blocked."""
+    """Row 42: it was stopped longer than the host may be silent, as when its loop is blocked."""
     host = killable.host
     killable.process.suspend()
     time.sleep(HANG_S + 1.5)
@@ -354,7 +354,7 @@ PLACES = {
 
 
 def led_to(server: KillableServer, pool: ThreadPoolExecutor, place: str) -> list[Any]:
-    """Clients of a server that is stuck at the place."""
+    """Return calls to a server that is stuck at the place."""
     before = server.faults.hits(place)
     fails = "switch.activate=raise;" if place == "switch.rollback" else ""
     server.faults.inject(f"{fails}{place}=hang")
@@ -367,7 +367,7 @@ def led_to(server: KillableServer, pool: ThreadPoolExecutor, place: str) -> list
 
 @dataclass
 class Ended:
-    """How a server ended that was told to stop while it was stuck somewhere."""
+    """How a server exited that was asked to stop while it was stuck."""
 
     status: int
     alive: list[psutil.Process]
@@ -376,7 +376,7 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """By phase. All at once: what takes time is that they wait."""
+    """Return exits by phase. Servers run at the same time, because each spends its time waiting."""
     with ThreadPoolExecutor() as pool:
         folders = [tmp_path_factory.mktemp(phase) for phase in PLACES]
         return dict(zip(PLACES, pool.map(end, folders, PLACES.values()), strict=True))
@@ -397,7 +397,7 @@ def end(folder: Path, place: str) -> Ended:
 def test_a_server_that_is_told_to_stop_stops_in_any_phase(
     ended: dict[str, Ended], phase: str
 ) -> None:
-    """Row 53: everybody is answered, and no process is left."""
+    """Row 53: every client gets an answer, and no process is left."""
     assert 0 == ended[phase].status
     assert [] == ended[phase].alive
     assert {200, 503} >= set(ended[phase].answers)
@@ -406,7 +406,7 @@ def test_a_server_that_is_told_to_stop_stops_in_any_phase(
 def test_a_server_that_is_told_twice_stops_at_once(
     tmp_path: Path, pool: ThreadPoolExecutor
 ) -> None:
-    """Row 54: although its requests have a minute, and its host is stuck."""
+    """Row 54: this holds although its requests have a minute, and its host is stuck."""
     with KillableServer(tmp_path, shutdown_timeout=60) as server:
         led_to(server, pool, "host.load@mistral")
         everybody = [server.process, *server.children()]
@@ -423,7 +423,7 @@ def test_a_server_that_is_told_twice_stops_at_once(
 def test_the_death_of_the_server_takes_its_host_with_it(
     tmp_path: Path, pool: ThreadPoolExecutor, place: str
 ) -> None:
-    """Row 55: SIGKILL, whatever the host's compute thread is stuck in."""
+    """Row 55: SIGKILL does so, whatever the host's compute thread is stuck in."""
     with KillableServer(tmp_path) as server:
         calls = led_to(server, pool, place)
         children = server.children()
@@ -435,7 +435,7 @@ def test_the_death_of_the_server_takes_its_host_with_it(
 
 
 def test_a_server_without_descriptors_serves_who_is_connected(killable: KillableServer) -> None:
-    """Row 56: no new connection gets in; a switch over an open one works, and all do later."""
+    """Row 56: new connections fail; a switch over an open one works, and later all do."""
     pid = killable.process.pid
     assert 200 == killable.ask("llama").status_code  # this connection stays open
     with without_descriptors(pid), RawClient(killable.port) as outside:
@@ -449,7 +449,7 @@ def test_a_server_without_descriptors_serves_who_is_connected(killable: Killable
 
 
 def test_connections_that_cannot_be_accepted_make_no_lines(killable: KillableServer) -> None:
-    """Row 56: they are closed; whoever goes on trying fills no disk."""
+    """Row 56: they are closed; a client that keeps trying cannot fill the disk."""
     assert 200 == killable.ask("llama").status_code
     before = killable.log.read_text()
     with without_descriptors(killable.process.pid):
@@ -464,7 +464,7 @@ def test_connections_that_cannot_be_accepted_make_no_lines(killable: KillableSer
 
 @contextmanager
 def without_descriptors(pid: int) -> Iterator[None]:
-    """A process that can open none: the lowest number that is free is above what it may use."""
+    """Deny a process new descriptors: the lowest free number is above its limit."""
     taken = {int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()}
     free = next(number for number in itertools.count() if number not in taken)
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
@@ -479,7 +479,7 @@ def without_descriptors(pid: int) -> Iterator[None]:
 
 
 def test_a_client_that_never_reads_is_let_go(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
-    """Row 8: it holds neither a drain up nor its place in the engine."""
+    """Row 8: it delays no drain, and loses its place in the engine."""
     limits = {"client_timeout": 1}
     with KillableServer(tmp_path, limits=limits, token_s=0) as server:
         body = {"model": "llama", "stream": True, "max_tokens": 10**6}
@@ -497,7 +497,7 @@ def test_a_client_that_never_reads_is_let_go(tmp_path: Path, pool: ThreadPoolExe
 def test_a_client_that_is_reset_while_it_waits_is_never_served(
     killable: KillableServer, pool: ThreadPoolExecutor, place: str
 ) -> None:
-    """Row 9: it leaves the queue within a second."""
+    """Row 9: a client that resets while it waits leaves the queue within a second."""
     before = killable.faults.hits(place)
     killable.faults.inject(f"{place}=1*sleep(1.5)")
     switch = pool.submit(killable.switch, "mistral")
@@ -514,7 +514,7 @@ def test_a_client_that_is_reset_while_it_waits_is_never_served(
 
 
 def test_a_client_that_is_reset_frees_its_engine(killable: KillableServer) -> None:
-    """Row 10: while it streams; a drain does not wait for it."""
+    """Row 10: the client is reset while it streams; a drain does not wait for it."""
     with RawClient(killable.port) as client:
         client.post("/v1/completions", {"model": "llama", "stream": True, "max_tokens": 10**6})
         client.read()
@@ -530,7 +530,7 @@ def test_a_client_that_is_reset_frees_its_engine(killable: KillableServer) -> No
     "phase", ["validate", "drain", "make_room", "bring_up", "activate", "verify"]
 )
 def test_a_switch_goes_on_without_its_caller(killable: KillableServer, phase: str) -> None:
-    """Row 11: RST while a phase is under way."""
+    """Row 11: the client resets while a phase is under way."""
     before = killable.faults.hits(f"switch.{phase}")
     killable.faults.inject(f"switch.{phase}=1*sleep(0.2)")
     with RawClient(killable.port) as caller:
@@ -547,7 +547,7 @@ def test_a_switch_goes_on_without_its_caller(killable: KillableServer, phase: st
 
 
 async def test_a_frontend_that_cannot_be_built_is_refused_before_the_drain(server: Server) -> None:
-    """Row 38: a stream of the source goes on untouched, and mended files are enough."""
+    """Row 38: a stream of the source continues, and repaired files are enough."""
     stream = await server.start_stream("llama", words=3)
     server.host.engines["mistral"].broken_tokenizer = True
     failed = await server.switch("mistral", drain_timeout=0)

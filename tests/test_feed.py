@@ -1,4 +1,4 @@
-"""The event stream: first the state, then every event, to whoever reads fast enough."""
+"""The event stream: first the state, then every event, for each subscriber that reads in time."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ async def rest_of(stream: AsyncIterator[str]) -> list[str]:
 
 
 async def test_stream_begins_with_the_state(feed: EventFeed) -> None:
-    """Whoever comes later needs no other call."""
+    """A stream begins with the state, so that a later subscriber needs no other request."""
     assert ("snapshot", {"active": "llama"}) == parse(await anext(feed.stream()))
 
 
 async def test_events_follow_in_order(feed: EventFeed) -> None:
-    """Those that happened since the snapshot was taken, and none before it."""
+    """Events since the snapshot follow in order, and none from before it."""
     feed.notify(PinChanged(1, "before", True))
     stream = feed.stream()
     await anext(stream)
@@ -53,7 +53,7 @@ async def test_events_follow_in_order(feed: EventFeed) -> None:
 
 
 async def test_every_subscriber_gets_every_event(feed: EventFeed) -> None:
-    """One that leaves takes nothing from the others."""
+    """Every subscriber gets every event, also after another has left."""
     first, second = feed.stream(), feed.stream()
     for stream in (first, second):
         await anext(stream)
@@ -68,7 +68,7 @@ async def test_every_subscriber_gets_every_event(feed: EventFeed) -> None:
 
 
 async def test_subscriber_that_is_cancelled_is_forgotten(feed: EventFeed) -> None:
-    """A client that leaves while nothing happens."""
+    """A subscriber that leaves while nothing happens is forgotten."""
     reading = asyncio.create_task(rest_of(feed.stream()))
     await settled()
 
@@ -81,7 +81,7 @@ async def test_subscriber_that_is_cancelled_is_forgotten(feed: EventFeed) -> Non
 async def test_subscriber_that_does_not_read_is_let_go(
     feed: EventFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It gets what was kept for it, and then the end; the others go on."""
+    """A subscriber that does not read gets the kept events and the end; the others continue."""
     monkeypatch.setattr("vllm_hotswap.feed.MAX_BEHIND", 2)
     slow = feed.stream()
     await anext(slow)
@@ -99,7 +99,7 @@ async def test_subscriber_that_does_not_read_is_let_go(
 async def test_silence_is_broken_by_comments(
     feed: EventFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proxies do not end a stream on which nothing happens; no event is lost by it."""
+    """Comments keep proxies from closing an idle stream, and cost no event."""
     monkeypatch.setattr("vllm_hotswap.feed.KEEP_ALIVE_S", 0.001)
     stream = feed.stream()
     await anext(stream)
@@ -111,7 +111,7 @@ async def test_silence_is_broken_by_comments(
 
 
 async def test_closing_ends_every_stream(feed: EventFeed) -> None:
-    """After what has happened until then."""
+    """Closing sends earlier events and then ends every stream."""
     stream = feed.stream()
     await anext(stream)
     feed.notify(PINNED)
@@ -123,14 +123,14 @@ async def test_closing_ends_every_stream(feed: EventFeed) -> None:
 
 
 async def test_stream_that_begins_after_the_end_is_short(feed: EventFeed) -> None:
-    """A server that shuts down keeps nobody waiting."""
+    """A stream that starts after the end is short: a server that shuts down delays no client."""
     feed.close()
 
     assert ["snapshot"] == [parse(message)[0] for message in await rest_of(feed.stream())]
 
 
 def test_message_is_a_server_sent_event() -> None:
-    """Named like the event, with its fields as JSON; states are their words."""
+    """A message is named like the event, with its fields as JSON, and states as words."""
     event = ResidencyChanged(1, "org/llama", Residency.PARKED, Residency.ACTIVE)
 
     assert (
@@ -140,7 +140,7 @@ def test_message_is_a_server_sent_event() -> None:
 
 
 def test_text_of_several_lines_stays_one_message() -> None:
-    """A cause with line breaks does not end the message."""
+    """A cause with line breaks stays one message."""
     event = SwitchEnded("switch-1", 1, None, "qwen", "failed", 0.5, 0, "a\n\nb")
 
     message = as_message(event_name(event), event_fields(event))

@@ -1,4 +1,4 @@
-"""The first head of a connection, as it is seen before it is read."""
+"""The first head of a connection, examined before it is read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHAKE = b"GET /v1/realtime HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: WebSocket
 
 @pytest.mark.parametrize("behind", [b"", b"GET /other", GET, b"nonsense\r\n\r\n"])
 def test_a_head_is_seen_whatever_is_behind_it(behind: bytes) -> None:
-    """As the server sees it, with the path decoded and without a query."""
+    """A head is seen as by the server, whatever follows: path decoded, without a query."""
     assert {
         "type": "http",
         "method": "GET",
@@ -25,7 +25,7 @@ def test_a_head_is_seen_whatever_is_behind_it(behind: bytes) -> None:
 
 
 def test_of_a_request_with_a_body_the_head_is_enough() -> None:
-    """The body may come later."""
+    """The head of a request is enough, although its body arrives later."""
     head = first_head(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
 
     assert head is not None
@@ -34,12 +34,12 @@ def test_of_a_request_with_a_body_the_head_is_enough() -> None:
 
 @pytest.mark.parametrize("end", range(len(GET)))
 def test_a_part_of_a_head_is_none_yet(end: int) -> None:
-    """Wherever it ends."""
+    """A part of a head is not a head, wherever it ends."""
     assert first_head(GET[:end]) is None
 
 
 def test_a_websocket_is_told_from_other_requests() -> None:
-    """It takes both fields; other protocols are answered in HTTP."""
+    """A WebSocket needs both fields; requests for other protocols are answered in HTTP."""
     others = [
         SHAKE.replace(b"Connection: Upgrade\r\n", b""),
         SHAKE.replace(b"WebSocket", b"h2c"),
@@ -52,13 +52,13 @@ def test_a_websocket_is_told_from_other_requests() -> None:
 
 @pytest.mark.parametrize("said", [b"nonsense\r\n\r\n", b"\x16\x03\x01", b"GET /\xff\r\n x"])
 def test_what_is_no_head_is_told(said: bytes) -> None:
-    """It will be none, whatever comes behind it."""
+    """Bytes that can never become a head are reported as such."""
     with pytest.raises(Malformed):
         first_head(said)
 
 
 def test_nothing_is_left_for_the_collector() -> None:
-    """Floods would have it run all the time."""
+    """A flood would otherwise keep the garbage collector running."""
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What service takes is found again from what a simulated server did."""
+"""Service times are recovered from the recording of a simulated server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def recorded(world: World, shape: Shape) -> Trace:
-    """A generated trace with what became of it."""
+    """A generated trace with the results of its requests."""
     trace = generate(shape, TracedModel(), TracedSwitching())
     run = simulate(trace, make_policy("batch", PolicySettings()), world)
     return replace(
@@ -59,7 +59,7 @@ def recorded(world: World, shape: Shape) -> Trace:
 
 @pytest.mark.parametrize("kind", ["poisson", "agents"])
 def test_the_service_is_found_again(kind: str) -> None:
-    """Of two models that differ: what it predicts is right to 10 %."""
+    """Service times are recovered: for two different models predictions are right to 10 %."""
     truth = {"m0": Service(0.02, 0.001, 0.0002), "m1": Service(0.005, 0.004, 0.0004)}
     shape = Shape(kind=kind, models=2, requests=2000, rate=4, agents=6)  # type: ignore[arg-type]
     found = services(recorded(World(Costs(0.01), truth), shape))
@@ -71,7 +71,7 @@ def test_the_service_is_found_again(kind: str) -> None:
 
 
 def test_one_request_is_enough_to_know_a_step() -> None:
-    """What it shares with others cannot be told."""
+    """One request is enough for a step's time, but not for what it shares with others."""
     request = TracedRequest(
         0, "a", 1.0, output_tokens=10, waited_s=0.0, service_s=0.5, result="served"
     )
@@ -82,7 +82,7 @@ def test_one_request_is_enough_to_know_a_step() -> None:
 
 
 def test_the_clock_of_a_model_stands_still_while_it_is_parked() -> None:
-    """From when the drain is over until it is active again."""
+    """A model's clock stands still from the end of a drain until the model is active again."""
     away = TracedSwitch(10.0, "a", "b", Residency.PARKED, 5.0, 2.0)
     back = TracedSwitch(20.0, "b", "a", Residency.PARKED, 5.0, 2.0)
     failed = TracedSwitch(1.0, "a", "b", Residency.PARKED, 1.0, 1.0, "failed")
@@ -93,7 +93,7 @@ def test_the_clock_of_a_model_stands_still_while_it_is_parked() -> None:
 
 
 def test_nothing_is_below_zero() -> None:
-    """Where plain least squares would be, a column is left out."""
+    """A column for which plain least squares would give less is left out."""
     rows, values = [(1.0, 0.0), (1.0, 1.0), (1.0, 2.0)], [3.0, 2.0, 1.0]
 
     assert (3.0, -1.0) == pytest.approx(least_squares(rows, values))
@@ -101,7 +101,7 @@ def test_nothing_is_below_zero() -> None:
 
 
 def test_columns_that_say_the_same_are_not_both_used() -> None:
-    """The normal equations have no one solution then."""
+    """Of two proportional columns only one is used: there is no unique solution."""
     rows, values = [(1.0, 2.0), (2.0, 4.0)], [1.0, 2.0]
 
     assert least_squares(rows, values) is None
@@ -110,7 +110,7 @@ def test_columns_that_say_the_same_are_not_both_used() -> None:
 
 
 def test_models_of_which_nothing_is_known_are_like_the_others() -> None:
-    """The medians; the defaults where no model is known."""
+    """Unknown models get the medians, or the defaults if no model is known."""
     known = [Service(1.0, 5.0, 2.0), Service(2.0, 6.0, 1.0), Service(3.0, 4.0, 3.0)]
 
     assert Service(2.0, 5.0, 2.0) == common(known)

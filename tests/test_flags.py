@@ -1,4 +1,4 @@
-"""Settings of a model as flags: all mistakes with their lines, and no value that changes."""
+"""Settings of a model as flags: all mistakes with their lines, and unchanged values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def optional_text(value: str) -> str | None:
 
 @pytest.fixture
 def parser() -> Parser:
-    """Flags of each kind that vLLM has."""
+    """A parser with flags of each kind that vLLM has."""
     parser = Parser()
     parser.add_argument("--revision")
     parser.add_argument("--code-revision", type=optional_text)
@@ -42,7 +42,7 @@ def parser() -> Parser:
 
 
 def words(parser: Parser, folder: Path, settings: str) -> list[str]:
-    """What a model's settings, in YAML, are on the command line."""
+    """Return a model's settings, in YAML, as words of the command line."""
     path = folder / "models.yaml"
     path.write_text(f"models: {{a: {{model: org/a, {settings}}}}}")
     (model,) = load_config(path, allowed=frozenset(["code"])).models
@@ -69,7 +69,7 @@ def words(parser: Parser, folder: Path, settings: str) -> list[str]:
 def test_a_flag_that_wants_a_text_gets_what_was_written(
     parser: Parser, tmp_path: Path, setting: str, expected: str
 ) -> None:
-    """Whatever YAML would make of it."""
+    """A flag for text gets what was written, whatever YAML makes of it."""
     assert expected.split() == words(parser, tmp_path, setting)
 
 
@@ -91,12 +91,12 @@ def test_a_flag_that_wants_a_text_gets_what_was_written(
 def test_a_number_and_a_switch_are_what_they_say(
     parser: Parser, tmp_path: Path, setting: str, expected: str
 ) -> None:
-    """And null is vLLM's default."""
+    """Numbers and switches become flags of their value, and null becomes vLLM's default."""
     assert expected.split() == words(parser, tmp_path, setting)
 
 
 def test_a_mapping_is_json(parser: Parser, tmp_path: Path) -> None:
-    """With numbers as numbers, and keys as they were written."""
+    """A mapping becomes JSON, with numbers as numbers, and keys as they were written."""
     (word,) = words(parser, tmp_path, "hf_overrides: {rope_theta: 1e6, id2label: {0: a, no: b}}")
 
     assert {"rope_theta": 1e6, "id2label": {"0": "a", "no": "b"}} == json.loads(
@@ -124,7 +124,7 @@ def test_a_mapping_is_json(parser: Parser, tmp_path: Path) -> None:
 def test_a_surprising_value_is_refused_by_name(
     parser: Parser, tmp_path: Path, setting: str, expected: str
 ) -> None:
-    """Where it would count as what YAML makes of it."""
+    """A value that YAML would turn into something else is refused by name."""
     with pytest.raises(ConfigMistakes) as caught:
         words(parser, tmp_path, setting)
 
@@ -132,7 +132,7 @@ def test_a_surprising_value_is_refused_by_name(
 
 
 def test_all_mistakes_of_all_models_are_found(parser: Parser, tmp_path: Path) -> None:
-    """Keys and values, of models that cannot be made too."""
+    """Mistakes in keys and values of all models are found, even of unusable ones."""
     path = tmp_path / "models.yaml"
     path.write_text(
         "defaults:\n"
@@ -163,7 +163,7 @@ def test_all_mistakes_of_all_models_are_found(parser: Parser, tmp_path: Path) ->
 
 
 def test_a_path_keeps_the_name_of_its_link(parser: Parser, tmp_path: Path) -> None:
-    """In every value that begins with `./` or `../`, as deep as it may be."""
+    """A path keeps its link's name in every value that begins with `./` or `../`, at any depth."""
     (tmp_path / "blob").touch()
     (tmp_path / "over.json").symlink_to("blob")
 
@@ -177,7 +177,7 @@ def test_a_path_keeps_the_name_of_its_link(parser: Parser, tmp_path: Path) -> No
 
 
 def test_a_chat_template_keeps_the_name_of_its_link(parser: Parser, tmp_path: Path) -> None:
-    """As every file that the YAML names."""
+    """A chat template keeps the name of its link, as every file that the YAML names does."""
     parser.add_argument("--chat-template")
     (tmp_path / "blob").touch()
     (tmp_path / "chat.jinja").symlink_to("blob")

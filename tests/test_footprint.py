@@ -37,31 +37,31 @@ def device_bytes(loaded: Loaded | None, device: Device | None = None) -> dict[st
 
 
 def test_second_copies_count_before_the_first_load() -> None:
-    """They come with the weights, and go with them."""
+    """Second copies count before the first load; they come and go with the weights."""
     assert {"parked": 560, "asleep": 464, "discarded": 64, "cold": 0} == device_bytes(None)
 
 
 def test_the_peak_is_above_what_is_held_then() -> None:
-    """Reading the weights takes more than having them."""
+    """The peak of a load is above what is held then: reading takes more than holding."""
     assert Usage(560 + NEEDS.reading_bytes) == footprint_of(NEEDS, CpuDevice(), None).peak
 
 
 def test_a_measured_model_counts_as_measured() -> None:
-    """In place of the estimate, the second copies included; what the level gives back is known."""
+    """Measured values replace estimates, second copies included; the level's release is known."""
     loaded = Loaded(kv_bytes=96, held_bytes=430, can_discard=True, weights_bytes=400)
 
     assert {"parked": 526, "asleep": 430, "discarded": 30, "cold": 0} == device_bytes(loaded)
 
 
 def test_files_larger_than_their_weights_hide_nothing() -> None:
-    """What stays when the weights are dropped is counted, although the files are larger."""
+    """What stays after dropping the weights counts, although the files are larger."""
     loaded = Loaded(kv_bytes=96, held_bytes=200, can_discard=True, weights_bytes=150)
 
     assert {"parked": 296, "asleep": 200, "discarded": 50, "cold": 0} == device_bytes(loaded)
 
 
 def test_a_load_that_reused_free_memory_holds_its_weights_at_least() -> None:
-    """The process may grow by less than that."""
+    """A load that reused free memory, and so grew little, holds at least its weights."""
     loaded = Loaded(kv_bytes=96, held_bytes=120, can_discard=True, weights_bytes=400)
 
     assert 496 == device_bytes(loaded)["parked"]
@@ -69,7 +69,7 @@ def test_a_load_that_reused_free_memory_holds_its_weights_at_least() -> None:
 
 @pytest.mark.parametrize("device", [OwnSleepDevice(), RocmDevice()], ids=lambda d: d.name)
 def test_weights_asleep_leave_an_accelerator(device: Device) -> None:
-    """Where there is such a level at all."""
+    """Sleeping weights leave an accelerator, where such a level exists."""
     usage = footprint_of(NEEDS, device, Loaded(96, 350, can_discard=False)).usage
 
     assert Usage(350 + 96) == usage[Residency.PARKED]
@@ -84,7 +84,7 @@ CUDA_NEEDS = replace(NEEDS, overhead_bytes=80, residue_bytes=70)
 
 
 def test_a_model_that_sleeps_on_cuda_leaves_something_on_the_device() -> None:
-    """Graphs and buffers, estimated before the first load; the rest goes to the host."""
+    """Graphs and buffers, estimated before the first load, stay; the rest goes to the host."""
     usage = footprint_of(CUDA_NEEDS, CudaDevice(), None).usage
 
     assert Usage(300 + 100 + 80 + 96) == usage[Residency.PARKED]
@@ -93,7 +93,7 @@ def test_a_model_that_sleeps_on_cuda_leaves_something_on_the_device() -> None:
 
 
 def test_what_a_load_on_cuda_has_measured_counts() -> None:
-    """What it holds, what its sleep gives back, and what that takes of the host."""
+    """A CUDA load's measurements replace estimates of what is held, released and copied."""
     loaded = Loaded(96, 350, can_discard=False, sleep_bytes=400, copy_bytes=310)
     usage = footprint_of(CUDA_NEEDS, CudaDevice(), loaded).usage
 
@@ -102,7 +102,7 @@ def test_what_a_load_on_cuda_has_measured_counts() -> None:
 
 
 def test_what_a_load_on_a_gaudi_has_measured_counts() -> None:
-    """Blocks of the plugin's own are held, and given back by a sleep, as buffers are."""
+    """A Gaudi's measured blocks are held, and released by a sleep, as buffers are."""
     loaded = Loaded(96, 350, can_discard=False, sleep_bytes=430, copy_bytes=320)
     usage = footprint_of(NEEDS, GaudiDevice(), loaded).usage
 
@@ -111,7 +111,7 @@ def test_what_a_load_on_a_gaudi_has_measured_counts() -> None:
 
 
 def test_weights_stay_in_host_memory_once_a_model_has_slept() -> None:
-    """So that its next sleep copies nothing; they count while it is awake."""
+    """After one sleep weights stay in host memory, where they count while the model is awake."""
     loaded = Loaded(96, 350, can_discard=False, sleep_bytes=400, copy_bytes=310)
     footprint = footprint_of(CUDA_NEEDS, CudaDevice(), loaded, has_copy=True)
 
@@ -121,7 +121,7 @@ def test_weights_stay_in_host_memory_once_a_model_has_slept() -> None:
 
 
 def test_a_model_holds_what_its_sleep_gives_back_at_least() -> None:
-    """Another process may give memory back during the load, which makes it look small."""
+    """A model holds at least what its sleep releases, even if other processes hide some of it."""
     loaded = Loaded(96, 20, can_discard=False, sleep_bytes=400, copy_bytes=310)
     usage = footprint_of(CUDA_NEEDS, CudaDevice(), loaded).usage
 
@@ -130,7 +130,7 @@ def test_a_model_holds_what_its_sleep_gives_back_at_least() -> None:
 
 
 def test_packing_a_layer_counts_where_it_takes_more_than_reading() -> None:
-    """Never both: all weights have been read by then."""
+    """Packing a layer counts where it takes more than reading; the two never add up."""
     small = ModelNeeds("a", 300, None, 0, 0, packing_bytes=20)
     large = ModelNeeds("b", 300, None, 0, 0, packing_bytes=700)
 

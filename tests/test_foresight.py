@@ -1,4 +1,4 @@
-"""Files of the model that is next are read before it is asked for, and what that was good for."""
+"""Files of the expected next model are read ahead, and the benefit is counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALIASES = ("a", "b", "c")
 
 
 async def make(make_server: MakeServer, host_mib: float = 100, **kwargs: Any) -> Server:
-    """A device that holds one model, so that every other one is cold."""
+    """Make a server whose device holds one model, so that every other one is cold."""
     settings = {alias: FakeSettings(levels=frozenset()) for alias in ALIASES}
     budget = Usage(2 * MIB, int(host_mib * MIB))
     return await make_server(
@@ -43,7 +43,7 @@ def reads(server: Server) -> list[str]:
 
 
 async def test_likely_model_is_read_ahead(make_server: MakeServer) -> None:
-    """Once there is a habit; the status says what is expected, and counts what came true."""
+    """A habitual next model is read ahead; the status has the expectation, and the hits."""
     server = await make(make_server)
 
     await walk(server, "b", "a", "b", "a")
@@ -60,12 +60,12 @@ async def test_likely_model_is_read_ahead(make_server: MakeServer) -> None:
 
 
 async def test_reading_stops_when_a_switch_goes_elsewhere(make_server: MakeServer) -> None:
-    """At its begin, so that it is not in the way of the load; what was read by then is waste."""
+    """Reading stops as a switch elsewhere starts; bytes read so far are waste."""
     server = await make(make_server)
     await walk(server, "b", "a", "b", "a")
     server.host.hold("load", "c")
     server.host.hold("prefetch", "b")
-    await walk(server, "b", "a")  # read anew, and held half way
+    await walk(server, "b", "a")  # read again, and held half-way
     reading = server.coordinator.registry.model("b").prefetch
     assert reading is not None
 
@@ -82,7 +82,7 @@ async def test_reading_stops_when_a_switch_goes_elsewhere(make_server: MakeServe
 
 
 async def test_nothing_is_read_for_a_model_that_is_loaded(server: Server) -> None:
-    """It is predicted all the same, and counted."""
+    """A predicted model that is loaded is not read, and the prediction counts nevertheless."""
     await walk(server, "qwen", "llama", "qwen", "llama", "qwen")
 
     assert [] == reads(server)
@@ -90,7 +90,7 @@ async def test_nothing_is_read_for_a_model_that_is_loaded(server: Server) -> Non
 
 
 async def test_recovery_is_neither_a_hit_nor_a_miss(make_server: MakeServer) -> None:
-    """Nobody has asked for another model."""
+    """Recovery is neither a hit nor a miss, because no other model was requested."""
     server = await make(make_server)
     await walk(server, "b", "a", "b", "a")
 
@@ -103,7 +103,7 @@ async def test_recovery_is_neither_a_hit_nor_a_miss(make_server: MakeServer) -> 
 
 
 async def test_predictions_are_off_with_one_setting(make_server: MakeServer) -> None:
-    """Nothing is expected, read or counted then."""
+    """With one setting, nothing is expected, read or counted."""
     server = await make(make_server, predict=False)
 
     await walk(server, "b", "a", "b", "a", "b", "a")
@@ -115,7 +115,7 @@ async def test_predictions_are_off_with_one_setting(make_server: MakeServer) -> 
 
 
 async def test_prediction_reads_no_more_than_there_is_to_spare(make_server: MakeServer) -> None:
-    """And nothing at all where there is nothing."""
+    """A prediction reads no more than the spare memory, and nothing where there is none."""
     tight, none = await make(make_server, host_mib=0.5), await make(make_server, host_mib=0)
 
     for server in (tight, none):
@@ -133,7 +133,7 @@ async def announce(server: Server, model: str) -> dict[str, Any]:
 
 
 async def test_announced_model_is_read_at_once(make_server: MakeServer) -> None:
-    """The active model stays, and nothing is evicted; the answer says what was begun."""
+    """An announced model is read at once, as the answer says; nothing is switched or evicted."""
     server = await make(make_server)
 
     answer = await announce(server, "c")
@@ -153,7 +153,7 @@ async def test_announced_model_is_read_at_once(make_server: MakeServer) -> None:
 
 
 async def test_announcement_outlives_switches_to_others(make_server: MakeServer) -> None:
-    """It stands until its model is active, or another one is announced."""
+    """An announcement lasts until its model is active, or another one is announced."""
     server = await make(make_server)
     await announce(server, "c")
     await walk(server, "b", "a")
@@ -166,7 +166,7 @@ async def test_announcement_outlives_switches_to_others(make_server: MakeServer)
 
 
 async def test_announcement_has_precedence_over_a_prediction(make_server: MakeServer) -> None:
-    """Where there is room for one of them alone, it is the announced one's."""
+    """Where there is room for one of them only, the announced model is read."""
     server = await make(make_server, host_mib=1)
     await walk(server, "b", "a", "b", "a")  # b is expected, and read
     assert MIB == server.coordinator.ladder.prefetched_bytes
@@ -179,7 +179,7 @@ async def test_announcement_has_precedence_over_a_prediction(make_server: MakeSe
 
 
 async def test_model_that_was_predicted_and_announced_counts_once(make_server: MakeServer) -> None:
-    """Its bytes were read once."""
+    """A model that was predicted and announced counts once, because it was read once."""
     server = await make(make_server)
     await walk(server, "b", "a", "b", "a")
 
@@ -190,7 +190,7 @@ async def test_model_that_was_predicted_and_announced_counts_once(make_server: M
 
 
 async def test_prefetch_that_was_called_for_is_not_given_up(make_server: MakeServer) -> None:
-    """Whoever announces its model, and then another one."""
+    """An explicit prefetch survives an announcement of its model, and then of another."""
     server = await make(make_server)
     await server.operate("b", "prefetch")
 
@@ -202,7 +202,7 @@ async def test_prefetch_that_was_called_for_is_not_given_up(make_server: MakeSer
 
 
 async def test_prefetch_is_called_for_by_whoever_joins_it(make_server: MakeServer) -> None:
-    """Though it was begun for an announcement, or for a prediction."""
+    """An explicit call that joins a prefetch for an announcement keeps it from being cancelled."""
     server = await make(make_server)
     server.host.hold("prefetch", "b")
     assert "begun" == (await announce(server, "b"))["prefetch"]
@@ -222,7 +222,7 @@ async def test_prefetch_is_called_for_by_whoever_joins_it(make_server: MakeServe
 async def test_answer_says_why_nothing_was_begun(
     make_server: MakeServer, alias: str, prefetch: str
 ) -> None:
-    """It is active, or the host budget has nothing to spare."""
+    """The answer says that the model is active, or that the host budget has no room."""
     server = await make(make_server, host_mib=0)
 
     assert prefetch == (await announce(server, alias))["prefetch"]
@@ -230,7 +230,7 @@ async def test_answer_says_why_nothing_was_begun(
 
 
 async def test_unknown_model_cannot_be_announced(server: Server) -> None:
-    """404, as with a switch; and a body without one is 400."""
+    """Announcing an unknown model gets 404, as a switch does; a body without a model gets 400."""
     assert "model_not_found" == (await announce(server, "gpt"))["error"]["code"]
     assert 400 == (await server.post("/admin/next")).status_code
 
@@ -239,7 +239,7 @@ async def test_unknown_model_cannot_be_announced(server: Server) -> None:
 
 
 async def test_prefetches_together_keep_to_the_host_budget(make_server: MakeServer) -> None:
-    """Also while they are under way; who is cancelled gives back what it took."""
+    """Prefetches keep to the host budget while they run; a cancelled one returns its memory."""
     server = await make(make_server, host_mib=1.5)
     server.host.hold("prefetch", "b")
 
@@ -256,7 +256,7 @@ async def test_prefetches_together_keep_to_the_host_budget(make_server: MakeServ
 
 
 async def test_load_gives_back_what_was_read_ahead(make_server: MakeServer) -> None:
-    """The engine has the weights now, and files of others may take the place."""
+    """A load returns what was read ahead, and files of others may use the memory."""
     server = await make(make_server, host_mib=1)
     await server.operate("b", "prefetch")
     assert 0 == (await server.operate("c", "prefetch")).json()["prefetched_bytes"]

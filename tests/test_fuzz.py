@@ -1,4 +1,4 @@
-"""Requests made up from the description of our own routes: none breaks the server, or its promises.
+"""Requests generated from the description of our own routes: none breaks the server.
 
 schemathesis checks each answer: no status, content type or shape that the description does not
 promise, no route that a missing key opens, and nothing but OpenAI's object for an error.
@@ -24,7 +24,7 @@ ADMIN = {"authorization": "Bearer admin"}
 KEYS = Access(user_keys=("user",), admin_keys=("admin",))
 MIB = 1 << 20
 EXAMPLES = 12
-"""For each route, besides the edge cases that schemathesis tries for each of its parameters."""
+"""Requests for each route, besides schemathesis's edge cases for each of its parameters."""
 
 
 class Living:
@@ -38,7 +38,7 @@ class Living:
             await self._server.app(scope, receive, send)
             return
         await receive()
-        # Two of the three models fit, so that room has to be made.
+        # Two of the three models fit, so that a load has to make room.
         self._server = await Server(access=KEYS, budget=Usage(5 * MIB, 5 * MIB)).start()
         if self._dies:
             self._server.host.kill()
@@ -50,13 +50,13 @@ class Living:
 
 def schema_of(app: Living) -> Any:
     schema = schemathesis.openapi.from_asgi("/admin/openapi.json", app, headers=ADMIN)
-    return schema.exclude(path="/admin/events")  # whose answer ends with the server
+    return schema.exclude(path="/admin/events")  # its answer ends only with the server
 
 
 NOT_CHECKED = [
     checks.not_a_server_error,  # 503 is fine where the description has it
-    checks.positive_data_acceptance,  # 1.0 is an integer to JSON Schema, and not to us
-    checks.ignored_auth,  # tests of the route table ask with every kind of key
+    checks.positive_data_acceptance,  # 1.0 is an integer for JSON Schema, and not for us
+    checks.ignored_auth,  # tests of the route table use every kind of key
 ]
 
 WELL = schema_of(Living())
@@ -72,7 +72,7 @@ made_up = settings(
 
 
 def is_openais_error(response: Response) -> None:
-    """An error is OpenAI's object, whole."""
+    """Check that an error is OpenAI's object, complete."""
     if response.status_code >= 400:
         assert "application/json" == response.headers["content-type"][0]
         error: dict[str, Any] = response.json()["error"]
@@ -83,7 +83,7 @@ def is_openais_error(response: Response) -> None:
 @WELL.parametrize()
 @made_up
 def test_no_request_breaks_the_server(case: Case) -> None:
-    """Whatever an admin sends: the answer is one that the description promises."""
+    """Whatever an admin sends, the answer is one that the description promises."""
     response = case.call_and_validate(headers=ADMIN, excluded_checks=NOT_CHECKED)
 
     is_openais_error(response)
@@ -92,7 +92,7 @@ def test_no_request_breaks_the_server(case: Case) -> None:
 @DEAD.parametrize()
 @made_up
 def test_no_request_breaks_a_server_whose_engine_host_is_dead(case: Case) -> None:
-    """The same, when hardly anything works."""
+    """No request breaks the server even when its engine host is dead."""
     response = case.call_and_validate(headers=ADMIN, excluded_checks=NOT_CHECKED)
 
     is_openais_error(response)

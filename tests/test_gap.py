@@ -1,4 +1,4 @@
-"""The service gap's arithmetic, on replies that are made by hand. No server."""
+"""The service gap's arithmetic, on handmade replies. No server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ GOLDEN = "one two"
 
 
 def reply(*events: tuple[float, str], end: End = End.COMPLETE) -> Reply:
-    """A stream whose events came at these times."""
+    """Return a stream whose events came at these times."""
     made = Reply(end=end, status=200, is_stream=True)
     for at_s, event in events:
         made.body += f"{event}\n\n".encode()
@@ -31,7 +31,7 @@ DONE = "data: [DONE]"
 
 
 def test_the_gap_is_from_the_last_token_of_a_to_the_first_of_b() -> None:
-    """Neither ends of streams, nor errors, nor comments, nor what A says later count."""
+    """The gap ignores ends of streams, errors, comments, and A's later tokens."""
     of_a = [
         reply((1.0, token("one")), (2.0, token(" two")), (2.5, DONE)),
         reply((1.5, token("one")), (2.2, ": parked"), (9.0, token(" two")), (9.1, DONE)),
@@ -43,7 +43,7 @@ def test_the_gap_is_from_the_last_token_of_a_to_the_first_of_b() -> None:
 
 
 def test_the_parts_of_a_gap_add_up_to_it() -> None:
-    """Whatever the switch was waiting for before A's last token."""
+    """The parts add up to the gap, whatever the switch waited for before A's last token."""
     of_a, of_b = [reply((2.0, token("one")))], [reply((2.5, token("x")))]
     phases = {"validate": 10.0, "drain": 90.0, "bring_up": 150.0, "activate": 40.0, "verify": 5.0}
     gaps = Gaps()
@@ -75,5 +75,5 @@ def test_the_parts_of_a_gap_add_up_to_it() -> None:
     ],
 )
 def test_a_stream_has_one_fate(stream: Reply, expected: Fates) -> None:
-    """And is compared with what its model says alone, token by token, resumed or cut."""
+    """A stream is resumed or cut; its tokens are compared with its model's undisturbed answer."""
     assert expected == fates([stream], [GOLDEN])

@@ -1,4 +1,4 @@
-"""The stand-in for a Gaudi itself: memory that is counted, and devices that are distinct.
+"""The stand-in for a Gaudi itself: counted memory, and distinct devices.
 
 Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
 """
@@ -26,7 +26,7 @@ from tests.gaudi_standin.common import held_by_another
 
 @pytest.fixture(autouse=True)
 def everything_is_given_back() -> Iterator[None]:
-    """To the byte, by each test."""
+    """Each test releases everything, to the byte."""
     before = books().held
     yield
     gc.collect()
@@ -38,7 +38,7 @@ def grown(before: Books) -> int:
 
 
 def asked(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Of a process of its own."""
+    """Return the answer of a separate process."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, **environment},
@@ -77,7 +77,7 @@ def test_a_view_is_on_its_base_and_takes_nothing() -> None:
 
 
 def test_a_copy_without_waiting_is_done_at_once() -> None:
-    """And pins nothing, with whatever device torch was built for."""
+    """A copy without waiting is done at once and pins nothing, whatever torch was built for."""
     made = torch.arange(5, device="hpu").to("cpu", non_blocking=True)
     assert (list(range(5)), False) == (made.tolist(), made.is_pinned())
 
@@ -111,7 +111,7 @@ def test_what_is_too_large_is_refused_and_leaves_nothing() -> None:
 
 
 def test_new_memory_is_not_a_number() -> None:
-    """So what is read before it is written is not taken for zeros."""
+    """New memory is NaN, so that reading it before writing does not look like zeros."""
     code = (
         "import torch; made = torch.empty(5, dtype=torch.bfloat16, device='hpu'); "
         "print(bool(made.isnan().all()), torch.empty(2, dtype=torch.int64, device='hpu').tolist())"
@@ -121,7 +121,7 @@ def test_new_memory_is_not_a_number() -> None:
 
 @pytest.mark.parametrize("question", ["torch.ones(3, device='hpu')", "torch.hpu.mem_get_info()"])
 def test_the_device_is_of_one_process_until_its_end(tmp_path: Path, question: str) -> None:
-    """As a Gaudi is: who comes second is refused, and what only imports torch is not second."""
+    """A second process is refused, as on a Gaudi; one that only imports torch does not count."""
     board = {"FAKEHPU_BOARD": str(tmp_path)}
     code = f"import torch; print(torch.hpu.device_count()); {question}"
     with held_by_another(tmp_path):
@@ -133,7 +133,7 @@ def test_the_device_is_of_one_process_until_its_end(tmp_path: Path, question: st
 
 
 def test_what_is_reserved_is_not_what_is_held() -> None:
-    """Nobody may count by it: what it is on a Gaudi is not known."""
+    """Reserved memory is not held memory: its meaning on a Gaudi is unknown, so it is unused."""
     made = torch.ones(1000, device="hpu")
     assert torch.hpu.memory_reserved() == torch.hpu.mem_get_info()[1] > torch.hpu.memory_allocated()
     del made
@@ -147,7 +147,7 @@ def test_an_operation_may_resize_its_output() -> None:
 
 
 def test_data_of_a_parameter_is_replaced() -> None:
-    """As weight loaders and sleeping workers do."""
+    """A parameter's data can be replaced, as weight loaders and sleeping workers do."""
     parameter = torch.nn.Parameter(torch.zeros(5, device="hpu"))
     before = books()
     parameter.data = torch.ones(7, device="hpu")
@@ -156,7 +156,7 @@ def test_data_of_a_parameter_is_replaced() -> None:
 
 
 def test_a_parameters_view_in_inference_mode_is_a_usual_tensor() -> None:
-    """As elsewhere: what a layer multiplies with is a view of its weight."""
+    """A parameter's view in inference mode is a usual tensor, with which layers multiply."""
     weight = torch.nn.Parameter(torch.arange(6.0, device="hpu").view(2, 3), requires_grad=False)
     with torch.inference_mode():
         there = torch.ones(1, 3, device="hpu")
@@ -166,7 +166,7 @@ def test_a_parameters_view_in_inference_mode_is_a_usual_tensor() -> None:
 
 
 def test_looking_up_a_row_that_is_not_there_is_no_error() -> None:
-    """The plugin pads positions with -1, and nobody looks at what it reads there."""
+    """A lookup of row -1, the plugin's padding of positions, is not an error."""
     table = torch.arange(6.0, device="hpu").view(3, 2)
     found = table.index_select(0, torch.tensor([1, -1, 7], device="hpu"))
     assert [2.0, 3.0] == found[0].tolist()
@@ -174,20 +174,20 @@ def test_looking_up_a_row_that_is_not_there_is_no_error() -> None:
 
 
 def test_row_minus_one_is_written_as_the_last() -> None:
-    """The plugin pads slots of KV memory with it, and has a block for padding at the end."""
+    """Row -1 is written as the last, where the plugin has its block for padding."""
     cache = torch.zeros(4, 2, device="hpu")
     cache.index_copy_(0, torch.tensor([1, -1], device="hpu"), torch.ones(2, 2, device="hpu"))
     assert [0.0, 2.0, 0.0, 2.0] == cache.sum(1).tolist()
 
 
 def test_a_number_outside_of_the_classes_is_of_none() -> None:
-    """The plugin marks blocks of no sequence so; its own code for the CPU avoids it."""
+    """A class outside the range is none, as the plugin marks unused blocks."""
     found = torch.nn.functional.one_hot(torch.tensor([1, -1, 2], device="hpu"), num_classes=2)
     assert [[0, 1], [0, 0], [0, 0]] == found.tolist()
 
 
 def test_a_mixture_of_experts_adds_what_each_token_is_to_have_of_each() -> None:
-    """A token that asks for an expert of another device gets nothing of it here."""
+    """A token that selects an expert of another device gets nothing from it here."""
     data = torch.ones(3, 2, device="hpu")
     gate_and_up = torch.tensor([[1.0, 1.0], [2.0, 0.0]], device="hpu")  # inner size 1
     back = torch.tensor([[1.0], [10.0]], device="hpu")

@@ -1,4 +1,4 @@
-"""What is said where a Gaudi is wanted and cannot be had, and of its quantisation."""
+"""Messages where a Gaudi is wanted and unavailable, and about its quantisation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch, *, has_device: bool) -> None:
 def test_without_the_plugin_it_is_named_to_who_starts_the_quickstart(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others may want another kind of device."""
+    """Only where the quickstart asks for a Gaudi is the missing plugin named."""
     assert gaudi.why_no_device() is None
     monkeypatch.setenv(*WANTED)
     said = gaudi.why_no_device()
@@ -95,7 +95,7 @@ def test_a_plugin_without_intels_software_is_told(
 def test_a_machine_without_the_device_is_told(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And where all is there, nothing is made up."""
+    """A missing device is reported, and nothing where everything is present."""
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=False)
     said = gaudi.why_no_device()
@@ -110,7 +110,7 @@ def on(device_type: str) -> SimpleNamespace:
 
 
 def test_a_configuration_of_quantisation_that_is_gone_is_refused(tmp_path: Path) -> None:
-    """Before the load, which would fail with what the library raises. Elsewhere it has no sense."""
+    """A missing quantisation file is refused before the load. Other devices ignore the setting."""
     file = tmp_path / "quant.json"
     environment = {"QUANT_CONFIG": str(file)}
 
@@ -154,7 +154,7 @@ def test_a_configuration_of_quantisation_that_says_nothing_is_refused(
 def test_a_configuration_of_quantisation_that_is_no_file_is_refused(
     tmp_path: Path, what: str
 ) -> None:
-    """And what is there is not said to be missing. A pipe is not waited for."""
+    """An existing file is not called missing, and a pipe is not waited for."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("{}", encoding="utf-8")
@@ -182,7 +182,7 @@ def test_a_configuration_of_quantisation_that_is_no_file_is_refused(
 def test_a_configuration_of_quantisation_that_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As another user's, or on a disk that fails."""
+    """A quantisation file of another user, or on a failing disk, is refused."""
 
     def fail(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -199,7 +199,7 @@ def test_a_configuration_of_quantisation_that_cannot_be_read_is_refused(
 
 @pytest.mark.parametrize("mode", ["MEASURE", "measure", "MEASURE ", "SHAPE"])
 def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path, mode: str) -> None:
-    """The plugin saves it at the end of a process with one model."""
+    """A calibration is refused: the plugin saves it when a process with one model exits."""
     file = tmp_path / "measure.json"
     file.write_text(json.dumps({"method": "HOOKS", "mode": mode}), encoding="utf-8")
 
@@ -231,7 +231,7 @@ def test_a_calibration_that_would_not_be_saved_is_refused(tmp_path: Path, mode: 
 def test_a_plugin_that_is_made_for_another_vllm_is_refused(
     installed: Installed, plugin: str | None, vllm: str, is_refused: bool
 ) -> None:
-    """Before vLLM is loaded, which would take it without a word. Some versions tell nothing."""
+    """A plugin for another vLLM is refused before vLLM silently loads it, if it has a version."""
     installed.versions["vllm"] = vllm
     if plugin is not None:
         installed.versions["vllm-gaudi"] = plugin
@@ -274,7 +274,7 @@ def test_versions_that_are_not_compared_are_in_the_log(
     vllm: str | None,
     told: str | None,
 ) -> None:
-    """As values, whatever they are. vLLM may be on the path without being installed."""
+    """Versions that are not compared are logged as they are, even if vLLM is only on the path."""
     caplog.set_level("INFO")
     installed.versions = {"vllm-gaudi": plugin, **({} if vllm is None else {"vllm": vllm})}
 
@@ -290,7 +290,7 @@ def test_versions_that_are_not_compared_are_in_the_log(
 def test_a_plugin_whose_metadata_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
-    """As after an installation that was cut off. vLLM would load it."""
+    """Unreadable metadata, as after a broken install, is refused; vLLM would load the plugin."""
     information = tmp_path / "vllm_gaudi-0.26.0.dist-info"
     information.mkdir()
     if content is not None:
@@ -323,7 +323,7 @@ def test_a_plugin_that_vllm_is_not_to_load_may_have_any_version(
 def test_a_plugin_that_did_not_load_is_told(
     installed: Installed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all of its own is in order, vLLM's log has the reason. No NVIDIA driver is missing."""
+    """If the plugin is in order, the message points to vLLM's log, not to an NVIDIA driver."""
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=True)
 
@@ -340,7 +340,7 @@ def test_a_runtime_that_fails_is_told(
     caplog: pytest.LogCaptureFixture,
     error: type[BaseException],
 ) -> None:
-    """A server on another device goes on, also where Intel's software would end the program."""
+    """A server on another device continues, even where Intel's software would exit."""
 
     def fail() -> bool:
         raise error("synStatus=26 [Generic failure] Device acquire failed.")
@@ -357,7 +357,7 @@ def test_a_runtime_that_fails_is_told(
 def test_it_is_told_where_vllm_has_taken_another_device(
     installed: Installed, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A build of vLLM for CPUs serves all the same, a hundred times slower."""
+    """Another device that vLLM uses is logged: a CPU build would serve, 100 times slower."""
     gaudi.look_at_platform("cpu")
     assert not caplog.records
 
@@ -377,7 +377,7 @@ def test_it_is_told_where_vllm_has_taken_another_device(
 def test_a_plugin_that_vllm_is_not_to_load_is_told(
     installed: Installed, monkeypatch: pytest.MonkeyPatch, plugins: str
 ) -> None:
-    """vLLM compares names as they are. Everything else of the plugin is in order."""
+    """A plugin that `VLLM_PLUGINS` leaves out, by an inexact name, is reported."""
     installed.versions["vllm-gaudi"] = "0.26.0"
     runtime(monkeypatch, has_device=True)
     monkeypatch.setattr(devices, "has_driver", lambda: False)
@@ -400,7 +400,7 @@ def test_a_plugin_that_is_named_wrongly_is_told_where_vllm_has_taken_another_dev
     plugins: str,
     is_told: bool,
 ) -> None:
-    """One that is left out on purpose is not."""
+    """A plugin that is excluded on purpose is not reported."""
     installed.versions["vllm-gaudi"] = "0.26.0"
     monkeypatch.setenv("VLLM_PLUGINS", plugins)
 
@@ -436,7 +436,7 @@ def test_one_cause_is_told(
     is_cuda: bool,
     told: list[str],
 ) -> None:
-    """That of the device that is wanted. The quickstart's variable may be set beside a GPU, too."""
+    """Only the wanted device's cause is given; the quickstart's variable may accompany a GPU."""
     if is_wanted:
         monkeypatch.setenv(*WANTED)
     if has_plugin:
@@ -462,7 +462,7 @@ def test_a_plugin_whose_worker_cannot_be_imported_is_told(
     caplog: pytest.LogCaptureFixture,
     error: type[BaseException],
 ) -> None:
-    """The engine host goes on: each load says so, too, and to whom it belongs."""
+    """The engine host continues, and logs it; each load fails with the reason."""
     package = tmp_path / "vllm_gaudi"
     for folder in (package / "v1/worker", package / "extension"):
         folder.mkdir(parents=True)

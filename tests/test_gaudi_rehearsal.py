@@ -1,4 +1,4 @@
-"""`make rehearse-gaudi` itself: what it refuses, and that its parts are there."""
+"""`make rehearse-gaudi` itself: what it refuses, and that its parts exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tools.setup import ROOT, output_of
 
 
 def test_every_part_of_the_rehearsal_is_there() -> None:
-    """Each has its tests, and a limit of time. No tests of a server on a Gaudi are left out."""
+    """Each part has its tests and a time limit, and no test of a server on a Gaudi is left out."""
     servers = {
         str(file.relative_to(ROOT)) for file in ROOT.glob("tests/integration/test_gaudi_*.py")
     }
@@ -43,7 +43,7 @@ def test_every_part_of_the_rehearsal_is_there() -> None:
 def test_a_folder_without_the_plugin_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is made or installed."""
+    """A folder without the plugin is refused before anything is created or installed."""
     folder = tmp_path / "rehearsal"
     assert 1 == main(["--plugin", str(tmp_path), "--folder", str(folder)])
     assert not folder.exists()
@@ -54,7 +54,7 @@ def test_a_folder_without_the_plugin_is_refused(
 
 
 def test_without_a_plugin_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    """As `make rehearse-gaudi` calls it: the current folder is not meant."""
+    """Without a plugin, as from a bare `make rehearse-gaudi`, the error asks for one."""
     assert 1 == main(["--plugin", ""])
     assert capsys.readouterr().err == (
         "rehearsal: error: PLUGIN is missing; clone vllm-project/vllm-gaudi at v0.26.0 and name "
@@ -65,7 +65,7 @@ def test_without_a_plugin_it_is_asked_for(capsys: pytest.CaptureFixture[str]) ->
 def test_a_folder_that_parts_search_paths_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rehearsal's own, the clone's, and that of the packages below."""
+    """The rehearsal's folder, the clone's, and the base packages' must not have a colon."""
     folder = tmp_path / "a:b"
     for main_, more in ((main, ["--plugin", str(tmp_path)]), (rehearse_cuda.main, [])):
         assert 1 == main_([*more, "--folder", str(folder)])
@@ -84,7 +84,7 @@ def test_a_folder_that_parts_search_paths_is_refused(
 
 
 def a_plugin(folder: Path) -> Path:
-    """With what git tells apart: folders, files beside them, and what can be executed."""
+    """A plugin with everything that git distinguishes: folders, similar names, executable files."""
     package = folder / "vllm_gaudi"
     (package / "ops").mkdir(parents=True)
     (package / "platform.py").write_text("hpu = True\n", encoding="utf-8")
@@ -104,7 +104,7 @@ def take_for_the_release(monkeypatch: pytest.MonkeyPatch, plugin: Path) -> None:
 
 
 def test_a_folders_contents_have_the_name_that_git_gives_them(tmp_path: Path) -> None:
-    """So what a clone and an archive have is compared with what the tag has."""
+    """Contents are named as by git, so that a clone or an archive can be compared with the tag."""
     folder = a_plugin(tmp_path)
     git = ("git", "-C", str(folder))
     subprocess.run([*git, "init", "--quiet"], check=True)
@@ -150,7 +150,7 @@ def test_what_an_installation_leaves_is_not_of_the_plugin(tmp_path: Path) -> Non
 def test_a_plugin_of_another_version_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """One file is enough, whatever the folder says of its version."""
+    """A plugin with one file that differs from the tag is refused, whatever version it claims."""
     folder = a_plugin(tmp_path)
     take_for_the_release(monkeypatch, folder)
     check_plugin(folder)
@@ -178,7 +178,7 @@ def test_a_plugin_of_another_version_is_refused(
 
 
 SITE = SimpleNamespace(site="site")
-"""All that `main` itself asks of an environment below."""
+"""What `main` itself needs of a base environment."""
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
@@ -196,7 +196,7 @@ def test_a_plugin_in_the_place_of_its_copy_is_refused(
     capsys: pytest.CaptureFixture[str],
     place: str,
 ) -> None:
-    """Its folder may have work that is nowhere else: nothing of it is removed or written to."""
+    """A plugin in its copy's place is refused: it may have work that exists nowhere else."""
     inside = {"a link": "rehearsal/plugin", "above": "."}.get(place, f"rehearsal/{place}")
     plugin, work = a_plugin(tmp_path / "own" / inside), tmp_path / "own/rehearsal"
     (plugin / "own-work.txt").write_text("not committed", encoding="utf-8")
@@ -216,7 +216,7 @@ def test_a_plugin_in_the_place_of_its_copy_is_refused(
 
 
 def test_a_copy_is_made_anew(tmp_path: Path) -> None:
-    """Of the earlier one, and of one that was cut off, nothing stays."""
+    """A copy is new: nothing stays of an earlier copy, or of an interrupted one."""
     plugin, work = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
     for place in ("plugin", "plugin.new"):
         (work / place).mkdir(parents=True)
@@ -230,7 +230,7 @@ def test_a_copy_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_only_what_an_installation_reads_is_copied(tmp_path: Path) -> None:
-    """An environment that lies in the clone may have gigabytes, a pipe would never end."""
+    """Only what an installation reads is copied: no environment, and no pipe without an end."""
     plugin, work = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
     before = everything_in(plugin)
     (plugin / ".venv").mkdir()
@@ -264,7 +264,7 @@ def test_a_copy_that_fails_leaves_the_earlier_one(tmp_path: Path) -> None:
 
 
 def an_environment(folder: Path, *packages: str) -> Path:
-    """With the description of these packages; returns its Python."""
+    """Make an environment with metadata of these packages, and return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     site = next(folder.glob("lib/python*/site-packages"))
     for package in packages:
@@ -310,7 +310,7 @@ def test_an_environment_that_is_missing_is_named(tmp_path: Path) -> None:
 def test_an_environment_with_another_vllm_is_refused(
     tmp_path: Path, packages: str, said: str
 ) -> None:
-    """In one line, before anything is installed. Also where there are both builds."""
+    """Another vLLM, or two builds, are refused in one line before anything is installed."""
     python = an_environment(tmp_path, *packages.split())
     with pytest.raises(RehearsalError) as refused:
         check_base(python)
@@ -346,7 +346,7 @@ def test_an_environment_whose_python_does_not_run_is_refused(
 
 @pytest.fixture
 def installations(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands of pip's, which are not run: nothing is fetched. All else is."""
+    """Record pip's commands without running them, so that nothing is fetched. Others run."""
     made: list[list[str]] = []
     real = rehearse_gaudi.run
 
@@ -365,7 +365,7 @@ def installations(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_an_environment_goes_on_top_of_the_base(
     tmp_path: Path, installations: list[list[str]]
 ) -> None:
-    """It finds the base's packages, and the plugin's copy is installed into it."""
+    """The environment finds the base's packages, and gets the plugin's copy."""
     base, folder = an_environment(tmp_path / "base", "vllm==0.26.0"), tmp_path / "rehearsal"
 
     python = make_environment(folder, base, a_plugin(tmp_path / "mine"))
@@ -381,7 +381,7 @@ def test_an_environment_goes_on_top_of_the_base(
 def test_an_environment_is_kept_until_its_base_changes(
     tmp_path: Path, installations: list[list[str]]
 ) -> None:
-    """Another folder, or another torch in the same: then the stand-in is linked anew, too."""
+    """An environment is kept until its base's folder or torch changes, and then linked anew."""
     base = an_environment(tmp_path / "base", "vllm==0.26.0", "torch==2.11.0")
     other = an_environment(tmp_path / "other", "vllm==0.26.0", "torch==2.11.0")
     plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
@@ -410,7 +410,7 @@ def test_an_environment_is_kept_until_its_base_changes(
 def test_an_environment_is_never_made_in_place_of_its_base(
     tmp_path: Path, installations: list[list[str]]
 ) -> None:
-    """Nor of a folder that is somebody's."""
+    """Neither the base nor a folder of the user's is replaced by the environment."""
     folder, plugin = tmp_path / "rehearsal", a_plugin(tmp_path / "mine")
     base = an_environment(folder / "environment", "vllm==0.26.0")
     with pytest.raises(
@@ -430,7 +430,7 @@ def test_an_environment_is_never_made_in_place_of_its_base(
 def test_cudas_environment_is_taken_where_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From one list, and not twice on the disk."""
+    """CUDA's environment is the default: one list of packages, and one copy on disk."""
     assert ROOT / "build/rehearse-cuda" == rehearse_cuda.FOLDER
     monkeypatch.setattr(rehearse_cuda, "FOLDER", tmp_path / "cuda")
     made: list[Path] = []
@@ -443,7 +443,7 @@ def test_cudas_environment_is_taken_where_none_is_named(
 def test_a_second_rehearsal_at_the_same_time_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each would count the other's tests. Nothing is made before, and one after the other may."""
+    """A second simultaneous rehearsal is refused before anything is made; a later one works."""
     plugin, folder = a_plugin(tmp_path / "mine"), tmp_path / "rehearsal"
     take_for_the_release(monkeypatch, plugin)
     monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: SITE)
@@ -468,7 +468,7 @@ def test_a_second_rehearsal_at_the_same_time_is_refused(
 def test_a_folder_that_cannot_be_made_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one line, as what else the system refuses."""
+    """A folder that cannot be created gives one line, like other errors of the system."""
     plugin, file = a_plugin(tmp_path / "mine"), tmp_path / "file"
     take_for_the_release(monkeypatch, plugin)
     monkeypatch.setattr(rehearse_gaudi, "check_base", lambda _: SITE)
@@ -482,7 +482,7 @@ def test_a_folder_that_cannot_be_made_is_told(
 
 
 def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """And is not taken for a rehearsal of nothing that went well."""
+    """A file of no part is refused, and not mistaken for a rehearsal that succeeded."""
     for main_ in (main, rehearse_cuda.main):
         plugin = ["--plugin", "gone"] if main_ is main else []
         assert 1 == main_([*plugin, "tests/test_gaudi_devise.py"])
@@ -493,7 +493,7 @@ def test_a_file_that_is_of_no_part_is_refused(capsys: pytest.CaptureFixture[str]
 def test_tests_find_the_stand_in_and_where_results_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And fetch nothing. Caches are the rehearsal's own, unless others are named."""
+    """Tests find the stand-in, fetch nothing, and use own caches unless others are named."""
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     found = surroundings(tmp_path, tmp_path / "rehearsal.jsonl")
 
@@ -509,7 +509,7 @@ def test_tests_find_the_stand_in_and_where_results_go(
 def test_variables_of_who_starts_it_do_not_change_what_is_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A choice of tests goes well without the others; a setting would be rehearsed by chance."""
+    """Variables of the caller change nothing: neither the choice of tests nor settings."""
     steering = (
         *("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "QUANT_CONFIG", "VLLM_PLUGINS", "FAKEHPU_MIB"),
         *("FAKEGPU_DIRTY", "PT_HPU_LAZY_MODE", "VLLM_SKIP_WARMUP", "VLLM_HPU_MULTI_MODEL_CONFIG"),

@@ -1,4 +1,4 @@
-"""What the worker on a Gaudi tells of its sleep, and of buckets; on tensors of the CPU."""
+"""What the worker on a Gaudi reports about sleep and buckets; on tensors of the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class PluginsWorker:
-    """What the plugin's own does with blocks: nothing that is looked at here."""
+    """The plugin's worker, whose handling of blocks does not matter here."""
 
     def __init__(self, runner: Any, config: Any) -> None:
         self.model_runner, self.vllm_config = runner, config
@@ -22,7 +22,7 @@ class PluginsWorker:
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Our module, over a plugin with that worker, whose device is the CPU."""
+    """Return our module, over a plugin with that worker, whose device is the CPU."""
     name = "vllm_gaudi.v1.worker.hpu_worker"
     for depth in range(1, 5):
         part = ".".join(name.split(".")[:depth])
@@ -55,7 +55,7 @@ class Model(torch.nn.Module):  # type: ignore[misc]  # torch's types stop here
 def test_what_a_sleep_gives_back_and_takes(module: Any) -> None:
     """Each piece of the device's memory counts once; KV memory goes, with the plugin's own blocks.
 
-    What is elsewhere does not count. On the host each tensor that moves has memory of its own.
+    Memory elsewhere does not count. On the host each tensor that moves has memory of its own.
     """
     kv = torch.zeros(8, 32)
     caches = [(kv[:4], kv[4:], None), torch.zeros(10), (torch.zeros(5, dtype=torch.int8),)]
@@ -89,10 +89,12 @@ def test_buckets_beyond_the_blocks_are_told(
     is_contiguous: bool,
     told: str | None,
 ) -> None:
-    """With the number of sequences that there are blocks for. One block is vLLM's null block.
+    """The report has the number of sequences for which there are blocks. One block is vLLM's null
+    block.
 
     16 sequences of the guide's own configuration need all of its 513. Fewer than one sequence is
-    no setting. With contiguous paged attention the plugin makes no such buckets. The load goes on.
+    not a setting. With contiguous paged attention the plugin makes no such buckets. The load
+    continues.
     """
     caplog.set_level("INFO")
     config = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""Generated traces have the properties that they are named after."""
+"""Generated traces have the properties of their names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def arrivals(trace: Trace) -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_makes_the_same_trace(kind: Kind) -> None:
-    """And another one makes another one."""
+    """The same seed makes the same trace, and another seed makes another one."""
     shape = Shape(kind=kind)
 
     assert make(shape) == make(shape)
@@ -36,7 +36,7 @@ def test_the_same_seed_makes_the_same_trace(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_trace_is_as_long_as_it_was_asked_for(kind: Kind) -> None:
-    """With the models that were asked for, and requests that name earlier ones only."""
+    """A trace has its length and models, and requests that refer to earlier ones only."""
     trace = make(Shape(kind=kind, models=11, requests=123, rate=50))
 
     assert 123 == len(trace.requests)
@@ -46,7 +46,7 @@ def test_a_trace_is_as_long_as_it_was_asked_for(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", ["poisson", "bursty", "burst"])
 def test_requests_come_at_the_rate(kind: Kind) -> None:
-    """In order."""
+    """Requests come in order, at the rate that was asked for."""
     times = arrivals(make(replace(MANY, kind=kind)))
 
     assert sorted(times) == times
@@ -54,7 +54,7 @@ def test_requests_come_at_the_rate(kind: Kind) -> None:
 
 
 def test_poisson_requests_are_independent() -> None:
-    """As many come in one second as in another, with the variance of Poisson's law."""
+    """Poisson requests of different seconds are independent, with the law's variance."""
     seconds = Counter(int(time_s) for time_s in arrivals(make(MANY)))
 
     counts = [seconds[second] for second in range(1900)]
@@ -62,7 +62,7 @@ def test_poisson_requests_are_independent() -> None:
 
 
 def test_bursty_requests_come_together() -> None:
-    """The variance is many times that of Poisson's law."""
+    """Bursty requests have many times the variance of Poisson's law."""
     seconds = Counter(int(time_s) for time_s in arrivals(make(replace(MANY, kind="bursty"))))
 
     counts = [seconds[second] for second in range(1500)]
@@ -70,7 +70,7 @@ def test_bursty_requests_come_together() -> None:
 
 
 def test_models_are_asked_for_by_the_law_of_zipf() -> None:
-    """The second one half as often as the first, the fourth a quarter as often."""
+    """By Zipf's law the second model gets half as many requests, the fourth a quarter."""
     asked = Counter(request.model for request in make(MANY).requests)
 
     assert 2.0 == pytest.approx(asked["m0"] / asked["m1"], rel=0.1)
@@ -80,7 +80,7 @@ def test_models_are_asked_for_by_the_law_of_zipf() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_whose_share_is_nothing_is_not_asked_for(kind: Kind) -> None:
-    """2 ** -2000 is zero for a float."""
+    """A model without a share gets no requests; 2 ** -2000 is zero for a float."""
     asked = {request.model for request in make(Shape(kind=kind, requests=40, zipf=2000)).requests}
 
     assert "m0" in asked
@@ -88,7 +88,7 @@ def test_a_model_whose_share_is_nothing_is_not_asked_for(kind: Kind) -> None:
 
 
 def test_a_burst_asks_for_one_model_after_the_other() -> None:
-    """No two neighbours are alike."""
+    """In a burst, no two neighbours have the same model."""
     asked = [request.model for request in make(Shape(kind="burst")).requests]
 
     assert ["m0", "m1", "m2", "m0"] == asked[:4]
@@ -96,7 +96,7 @@ def test_a_burst_asks_for_one_model_after_the_other() -> None:
 
 
 def test_agents_alternate_and_wait_for_their_answers() -> None:
-    """Each has one request at a time, and two models."""
+    """Each agent has two models, and one request at a time."""
     trace = make(Shape(kind="agents", agents=3, models=5, requests=30))
     by_id = {request.id: request for request in trace.requests}
 
@@ -107,7 +107,7 @@ def test_agents_alternate_and_wait_for_their_answers() -> None:
 
 
 def test_lengths_are_about_what_was_asked_for() -> None:
-    """At least one token, and the means."""
+    """Lengths are at least one token, and have the requested means."""
     requests = make(replace(MANY, prompt_tokens=100, output_tokens=1)).requests
 
     assert 100 == pytest.approx(mean(r.prompt_tokens for r in requests), rel=0.05)
@@ -115,14 +115,14 @@ def test_lengths_are_about_what_was_asked_for() -> None:
 
 
 def test_models_that_are_all_but_never_asked_for_hold_nothing_up() -> None:
-    """The first request of the rarest one would be thousands of years away."""
+    """Models that are almost never requested delay nothing, though first due in millennia."""
     trace = make(Shape(kind="bursty", models=50, requests=10, zipf=8.0))
 
     assert 10 == len(trace.requests)
 
 
 def test_many_models_that_are_asked_for_alike_all_count() -> None:
-    """However few requests there are for each."""
+    """All of many equally likely models count, however few requests there are for each."""
     trace = make(Shape(kind="bursty", models=2000, requests=1, zipf=0.0))
 
     assert 1 == len(trace.requests)

@@ -1,4 +1,4 @@
-"""Grammars are checked beside the event loop, compiled in fair turns, and not for nobody."""
+"""Grammars are checked off the event loop, compiled in fair turns, and only while needed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Params:
 
 
 class InputProcessor:
-    """Checks parameters in vLLM's order, and notes on which thread it checks a grammar."""
+    """Checks parameters in vLLM's order, and notes the thread that checks a grammar."""
 
     def __init__(self) -> None:
         self.structured_outputs_config: object | None = object()
@@ -67,7 +67,7 @@ class InputProcessor:
 
 
 class Client:
-    """As an `AsyncLLM` adds a request."""
+    """A client that adds requests as an `AsyncLLM` does."""
 
     def __init__(self) -> None:
         self.input_processor = InputProcessor()
@@ -100,7 +100,7 @@ def client(pool: FairPool) -> Any:
 
 
 async def test_a_grammar_is_checked_once_and_not_on_the_event_loop(client: Any) -> None:
-    """What comes of the request is the same."""
+    """A grammar is checked once, off the event loop, and the request's result is the same."""
     params = Params("root ::= a")
     added = await client.add_request("one", "prompt", params, priority=3)
 
@@ -110,7 +110,7 @@ async def test_a_grammar_is_checked_once_and_not_on_the_event_loop(client: Any) 
 
 
 async def test_other_parameters_are_checked_as_they_were(client: Any) -> None:
-    """At once; and a grammar that nobody has checked aside is not passed over."""
+    """Other parameters are checked at once; an unchecked grammar is not skipped."""
     params = Params()
     assert ("one", "p", 0, (params, True)) == await client.add_request("one", "p", params)
     assert [] == client.input_processor.threads
@@ -126,13 +126,13 @@ async def test_other_parameters_are_checked_as_they_were(client: Any) -> None:
 async def test_what_is_wrong_is_told_in_the_same_words(
     client: Any, params: Params, why: str
 ) -> None:
-    """And of several mistakes the one that vLLM finds first."""
+    """Of several mistakes, the one that vLLM finds first is reported, in the same words."""
     with pytest.raises(ValueError, match=why):
         await client.add_request("one", "prompt", params)
 
 
 async def test_checks_are_shared_between_accounts(client: Any, pool: FairPool) -> None:
-    """One account's are not all before another's."""
+    """Checks are shared: those of one account do not all come before another's."""
     asked_for: list[str] = []
     submit = pool.submit_for
 
@@ -149,7 +149,7 @@ async def test_checks_are_shared_between_accounts(client: Any, pool: FairPool) -
 
 
 class Slow:
-    """A client whose checks go on until they are let, and the clock of its pool."""
+    """A client whose checks wait until they are released, and the clock of its pool."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -169,7 +169,7 @@ class Slow:
         return bool(tasks)
 
     def ask(self, grammar: str, account: str, timeout_s: float | None) -> tuple[Lease, Any]:
-        """The lease of a request, and what becomes of it."""
+        """Return the lease of a request, and its task."""
         lease = Lease("llama", 1, None, account=account, grammar_timeout_s=timeout_s)
 
         async def add() -> None:
@@ -194,7 +194,7 @@ async def slow(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Slow]:
 
 
 async def test_a_check_that_takes_too_long_ends_its_request(slow: Slow) -> None:
-    """With the error that a compilation would have had; what has not begun is not done."""
+    """A too long check gets a slow compilation's error; checks not yet started are dropped."""
     first, endless = await slow.hold("a", 0.05)
     second, queued = slow.ask("other", "b", 0.05)
     for task in (endless, queued):
@@ -209,7 +209,7 @@ async def test_a_check_that_takes_too_long_ends_its_request(slow: Slow) -> None:
 
 
 async def test_a_check_that_nobody_waits_for_is_not_begun(slow: Slow) -> None:
-    """Its client has left while it was in the queue."""
+    """A check whose client has left the queue never starts."""
     await slow.hold("a")
     _, queued = slow.ask("other", "b", None)
     await asyncio.sleep(0)
@@ -223,7 +223,7 @@ async def test_a_check_that_nobody_waits_for_is_not_begun(slow: Slow) -> None:
 
 
 async def test_others_are_checked_while_one_is_overdue(slow: Slow) -> None:
-    """Those of its own account are refused, and nobody is left in a queue."""
+    """While a check is overdue others continue; those of its account are refused."""
     _, endless = await slow.hold("a")
     mine, queued = slow.ask("mine", "a", None)
     other, passing = slow.ask("other", "b", None)
@@ -245,7 +245,7 @@ async def test_others_are_checked_while_one_is_overdue(slow: Slow) -> None:
 
 @dataclass
 class Asked:
-    """A grammar as vLLM has it. `regex` is what its rehearsal does, as Python, in a helper."""
+    """A grammar in vLLM's form. `regex` is Python code that a helper runs as its rehearsal."""
 
     regex: str | None = None
     choice: list[str] | None = None
@@ -254,7 +254,7 @@ class Asked:
 
 
 class Rehearsing:
-    """A client whose grammars are rehearsed in helpers that do as they are told."""
+    """A client whose grammars are rehearsed in helpers that run given code."""
 
     def __init__(self, helpers: Helpers) -> None:
         self.helpers = helpers
@@ -268,7 +268,7 @@ class Rehearsing:
         return self.ask_for(Asked(regex), account, **lease)
 
     def ask_for(self, asked: Asked, account: str = "", **own: Any) -> tuple[Lease, Any]:
-        """The lease of a request, and what becomes of it: whether its grammar is slow."""
+        """Return the lease of a request, and its task, which says whether its grammar is slow."""
         lease = Lease("llama", 1, None, account=account, **own)
 
         async def add() -> Any:
@@ -282,7 +282,7 @@ class Rehearsing:
 
 
 class ScriptedRehearsals:
-    """In the place of those that need vLLM."""
+    """Replaces the rehearsals that need vLLM."""
 
     def __init__(self, *_: Any) -> None:
         self.known: dict[bytes, bool] = {}
@@ -311,7 +311,7 @@ async def rehearsing(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Rehearsin
 
 
 async def until(condition: Any) -> None:
-    """On the event loop."""
+    """Wait on the event loop."""
     await asyncio.to_thread(wait_until, condition)
 
 
@@ -319,7 +319,7 @@ ENDLESS = "while True: pass"
 
 
 async def test_a_plain_grammar_needs_no_process(rehearsing: Rehearsing) -> None:
-    """One that is not has one, until its engine has been seen to compile it."""
+    """A plain grammar needs no process; another one does, until its engine compiled it once."""
     await rehearsing.ask_for(Asked(choice=["yes", "no"]))[1]
     assert [] == rehearsing.helpers.pids
     assert not await rehearsing.ask("pass")[1]
@@ -331,7 +331,7 @@ async def test_a_plain_grammar_needs_no_process(rehearsing: Rehearsing) -> None:
 
 
 async def test_a_rehearsal_is_killed_when_its_client_leaves(rehearsing: Rehearsing) -> None:
-    """And the next one, of the same account, is not kept waiting."""
+    """A rehearsal is killed when its client leaves; the account's next one starts at once."""
     _, endless = rehearsing.ask(ENDLESS)
     await until(lambda: rehearsing.helpers.pids)
     [pid] = rehearsing.helpers.pids
@@ -356,7 +356,7 @@ async def test_a_rehearsal_is_killed_when_its_client_leaves(rehearsing: Rehearsi
 async def test_a_rehearsal_beyond_its_bounds_ends_its_request_alone(
     rehearsing: Rehearsing, work: str, own: dict[str, Any], code: str
 ) -> None:
-    """With an error of its own, whether it is the time, the memory or a crash."""
+    """A rehearsal beyond its time or memory, or a crash, ends only its request, with its error."""
     lease, task = rehearsing.ask(work, **own)
     with pytest.raises(EngineUnavailable):
         await task
@@ -367,7 +367,7 @@ async def test_a_rehearsal_beyond_its_bounds_ends_its_request_alone(
 
 
 async def test_accounts_take_turns_in_rehearsals(rehearsing: Rehearsing) -> None:
-    """Another account's first is done after the one that is under way."""
+    """Another account's first rehearsal comes after the one that is running."""
     done: list[str] = []
 
     async def ask(account: str, number: int) -> None:
@@ -382,7 +382,7 @@ async def test_accounts_take_turns_in_rehearsals(rehearsing: Rehearsing) -> None
 
 
 async def test_what_is_slow_to_compile_is_told_to_the_engine(rehearsing: Rehearsing) -> None:
-    """Also the next time, when it is not rehearsed; and nobody can say so of his own."""
+    """The engine is told of a slow grammar, also without a rehearsal; clients cannot do so."""
     assert await rehearsing.ask("pass  # slow")[1]
     assert await rehearsing.ask("pass  # slow")[1]
     request: Any = SimpleNamespace(sampling_params=Params("g", extra_args={SLOW: True}))
@@ -392,7 +392,7 @@ async def test_what_is_slow_to_compile_is_told_to_the_engine(rehearsing: Rehears
 
 @dataclass
 class Engine:
-    """vLLM's manager of structured outputs, as far as it submits compilations."""
+    """vLLM's manager of structured outputs, reduced to submitting compilations."""
 
     executor: Any = field(default_factory=lambda: ThreadPoolExecutor(1))
     compiled: list[str] = field(default_factory=list)
@@ -412,7 +412,7 @@ class Engine:
 
 
 def test_another_accounts_first_grammar_waits_for_one_compilation() -> None:
-    """Of the account that has asked for a hundred before."""
+    """Another account's first grammar waits for one compilation, not for a hundred."""
     engine = Engine()
     take_turns(engine)
     grammars = [engine.init("a0", "group a")[1]]
@@ -427,7 +427,7 @@ def test_another_accounts_first_grammar_waits_for_one_compilation() -> None:
 
 
 def test_nothing_but_the_pool_sees_the_account() -> None:
-    """What a client sends under its name does not count, and its other arguments stay."""
+    """A client's argument of the same name is ignored, and its other arguments stay."""
     engine = Engine()
     take_turns(engine)
     engine.gate.set()
@@ -441,14 +441,14 @@ def test_nothing_but_the_pool_sees_the_account() -> None:
 
 
 def test_an_engine_without_a_tokenizer_has_no_grammars() -> None:
-    """And nothing to share."""
+    """An engine without a tokenizer has no grammars, and nothing to share."""
     manager = SimpleNamespace()
     take_turns(manager)
     assert not vars(manager)
 
 
 def test_a_slow_grammar_holds_up_no_other() -> None:
-    """It has a thread of its own, with the lowest priority."""
+    """A slow grammar delays no other: its thread is separate, with the lowest priority."""
     engine = Engine()
     take_turns(engine)
     priorities: list[int] = []
@@ -475,7 +475,7 @@ def test_a_slow_grammar_holds_up_no_other() -> None:
 
 
 def test_a_sleeping_engine_keeps_no_compiled_grammars() -> None:
-    """One that has had no grammar has nothing to give back."""
+    """An engine without grammars has nothing to release."""
     cleared: list[bool] = []
     compiler = SimpleNamespace(clear_cache=lambda: cleared.append(True))
     forget_compiled(SimpleNamespace(backend=SimpleNamespace(compiler=compiler)))
@@ -486,7 +486,7 @@ def test_a_sleeping_engine_keeps_no_compiled_grammars() -> None:
 
 
 def test_requests_have_a_grammar_or_not() -> None:
-    """Requests for pooling have no sampling parameters at all."""
+    """Requests have a grammar or not; those for pooling have no sampling parameters at all."""
     assert has_grammar(SimpleNamespace(sampling_params=Params("a")))
     assert not has_grammar(SimpleNamespace(sampling_params=Params()))
     assert not has_grammar(SimpleNamespace(sampling_params=None))
@@ -494,7 +494,7 @@ def test_requests_have_a_grammar_or_not() -> None:
 
 
 def test_compilation_that_nobody_waits_for_is_taken_off_the_queue() -> None:
-    """What runs goes on; requests without a grammar, and unknown ones, are passed over."""
+    """A dropped compilation leaves the queue; running ones, and other requests, are unaffected."""
     begun, queued, ready = Future[object](), Future[object](), object()
     begun.set_running_or_notify_cancel()
     grammars: dict[str, Any] = {"a": begun, "b": queued, "c": ready}

@@ -1,4 +1,4 @@
-"""Memory that is freed while weights are read goes back at once."""
+"""Memory that is freed while weights are read is returned to the system at once."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ with large_blocks_mapped():
     reason="only glibc has these thresholds",
 )
 def test_a_block_freed_between_others_is_given_back_at_once() -> None:
-    """Whatever the allocator has learnt before: one large block freed raises its threshold.
+    """A freed block is returned, although an earlier large one has raised the allocator's
+    threshold.
 
-    In a process of its own, whose heap has no holes to be filled.
+    It runs in a separate process, whose heap has no holes to fill.
     """
     freed = subprocess.check_output([sys.executable, "-c", FREE_EVERY_OTHER_BLOCK])
 
@@ -45,7 +46,7 @@ def test_a_block_freed_between_others_is_given_back_at_once() -> None:
 def test_what_torch_keeps_on_a_device_is_given_back_too(
     monkeypatch: pytest.MonkeyPatch, has_device: bool
 ) -> None:
-    """Where this process has worked with one; otherwise none is touched."""
+    """What torch keeps on a device is released, too, but only if this process has used one."""
     calls: list[str] = []
     cuda = SimpleNamespace(
         is_initialized=lambda: has_device, empty_cache=lambda: calls.append("empty_cache")

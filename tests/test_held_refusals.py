@@ -1,4 +1,4 @@
-"""What a refusal holds that has to wait: nothing that anybody else could use."""
+"""A held refusal occupies nothing that other clients could use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_hotswap.settings import LimitsConfig
 ONE_PLACE = LimitsConfig(refusals_per_second=1, connections=1)
 
 OWED = 4
-"""Refusals after which the next one is held, of `FEW`."""
+"""Number of refusals after which the next one is held, with `FEW`."""
 
 SHAKE = (
     b"GET /v1/realtime?model=nobody HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
@@ -40,18 +40,18 @@ INACTIVE = post("/v1/completions", b'{"model": "qwen", "prompt": "Hi"}', "applic
 
 @pytest.fixture
 async def keyed(make_server: MakeServer) -> Server:
-    """One user, and one admin."""
+    """A server with one user key and one admin key."""
     return await make_server(access=Access(user_keys=["right"], admin_keys=["admin"]))
 
 
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No wait ends by itself."""
+    """Keep every wait from ending by itself."""
     monkeypatch.setattr(Wheel, "_set", lambda *_: None)
 
 
 async def waiting(at: Listening, request: bytes) -> Raw:
-    """A client whose refusal is held."""
+    """Return a client whose refusal is held."""
     client = await Raw.connect(at.port)
     await client.get()
     at.shared.door.refusals.charge(["127.0.0.1"], OWED)
@@ -61,13 +61,13 @@ async def waiting(at: Listening, request: bytes) -> Raw:
 
 
 def only(at: Listening) -> Any:
-    """The one connection that there is."""
+    """Return the only connection."""
     (connection,) = at.state.connections
     return connection
 
 
 async def shut_down(at: Listening) -> None:
-    """As the server does it, when it ends."""
+    """Shut down as the server does at its end."""
     for connection in list(at.state.connections):
         connection.shutdown()  # type: ignore[union-attr]
 
@@ -77,7 +77,7 @@ async def shut_down(at: Listening) -> None:
 
 @pytest.mark.usefixtures("endless")
 async def test_what_is_sent_behind_a_held_refusal_keeps_no_place(keyed: Server) -> None:
-    """A second request makes nobody worth a place who is being refused."""
+    """A client that is being refused gets no place for a second request."""
     async with listening_with(keyed, ONE_PLACE) as at, held(at) as client:
         await client.send(WRONG)
         await until(lambda: only(at).pipeline)
@@ -89,7 +89,7 @@ async def test_what_is_sent_behind_a_held_refusal_keeps_no_place(keyed: Server) 
 
 @pytest.mark.usefixtures("endless")
 async def test_a_websocket_that_is_refused_keeps_no_place(keyed: Server) -> None:
-    """While its refusal is held."""
+    """A refused WebSocket keeps no place while its refusal is held."""
     async with listening_with(keyed, ONE_PLACE) as at:
         client = await waiting(at, SHAKE)
         other = await Raw.connect(at.port, source="127.0.0.2")
@@ -102,7 +102,7 @@ async def test_a_websocket_that_is_refused_keeps_no_place(keyed: Server) -> None
 
 
 async def test_what_is_served_behind_a_refusal_keeps_its_place(keyed: Server) -> None:
-    """Nobody is cut off in the middle of a request."""
+    """A request that is served behind a refusal keeps its place, and is not cut in the middle."""
     good = post("/v1/completions", COMPLETION, "application/json")
     async with listening_with(keyed, ONE_PLACE) as at:
         client = await waiting(at, WRONG + good[:-1])
@@ -117,7 +117,7 @@ async def test_what_is_served_behind_a_refusal_keeps_its_place(keyed: Server) ->
 
 
 async def test_no_websocket_begins_before_the_answer_to_what_came_first(keyed: Server) -> None:
-    """Its handshake would come between; the connection ends behind that answer instead."""
+    """A handshake would come between; the connection closes behind that answer instead."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, WRONG + SHAKE)
         assert (401, True) == ((told := await client.answer()).status, told.ends)
@@ -130,7 +130,7 @@ async def test_no_websocket_begins_before_the_answer_to_what_came_first(keyed: S
 
 @pytest.mark.usefixtures("endless")
 async def test_a_body_that_comes_with_a_refusal_is_dropped(keyed: Server) -> None:
-    """It is read on, so that it is noticed when the client goes."""
+    """A refused body is dropped, but still read, so that the client's departure is noticed."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, LARGE + b"x" * 300_000)
         for _ in range(20):
@@ -146,20 +146,20 @@ async def test_a_body_that_comes_with_a_refusal_is_dropped(keyed: Server) -> Non
 
 @pytest.mark.usefixtures("endless")
 async def test_messages_of_a_websocket_that_is_refused_are_dropped(keyed: Server) -> None:
-    """They are read on, too."""
+    """Messages of a refused WebSocket are dropped, but still read."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, SHAKE)
         for _ in range(100):
             await client.send(FRAME * 20)
         await until(lambda: client.unsent == 0)
-        assert 1 == only(at).queue.qsize()  # that it wants to connect
+        assert 1 == only(at).queue.qsize()  # its connect message
         client.abort()
         await until(lambda: not at.state.connections and not at.state.tasks)
 
 
 @pytest.mark.usefixtures("endless")
 async def test_nothing_is_held_of_a_body_that_breaks(keyed: Server) -> None:
-    """Its request ends at once, the answer comes later, and the end of the client is noticed."""
+    """A broken body is dropped at once; the answer follows, and the client's end is noticed."""
     head = LARGE.replace(b"wrong", b"right").replace(
         b"Content-Length: 100000000",
         b"Content-Type: application/json\r\nTransfer-Encoding: chunked",
@@ -179,7 +179,7 @@ async def test_nothing_is_held_of_a_body_that_breaks(keyed: Server) -> None:
 async def test_a_call_that_is_not_admitted_counts_no_more_before_its_answer(
     make_server: MakeServer,
 ) -> None:
-    """The same key may call meanwhile."""
+    """A held call does not count: another request with the same key is admitted."""
     limits = LimitsConfig(refusals_per_second=1, requests_per_minute=1)
     server = await make_server(access=Access(user_keys=["right"]), limits=limits)
     async with listening_with(server, limits) as at:
@@ -196,7 +196,7 @@ async def test_a_call_that_is_not_admitted_counts_no_more_before_its_answer(
 
 @pytest.mark.usefixtures("endless")
 async def test_refusals_that_begin_while_the_server_ends_are_not_held(keyed: Server) -> None:
-    """They come at once, as what they are."""
+    """Refusals that start while the server stops are sent at once, unchanged."""
     request = INACTIVE.replace(b"qwen", b"nope")
     async with listening_with(keyed, FEW) as at:
         client = await Raw.connect(at.port)
@@ -213,7 +213,7 @@ async def test_refusals_that_begin_while_the_server_ends_are_not_held(keyed: Ser
 
 @pytest.mark.usefixtures("endless")
 async def test_a_websocket_is_told_when_the_server_ends(keyed: Server) -> None:
-    """Why it was refused."""
+    """At the server's stop, a held WebSocket gets the reason of its refusal."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, SHAKE)
         await shut_down(at)
@@ -223,7 +223,7 @@ async def test_a_websocket_is_told_when_the_server_ends(keyed: Server) -> None:
 
 @pytest.mark.usefixtures("endless")
 async def test_a_bad_head_is_told_when_the_server_ends(keyed: Server) -> None:
-    """What was held of it, and its connection ends."""
+    """At the server's stop, a bad head gets its held answer, and its connection closes."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, b"nonsense\r\n\r\n")
         await shut_down(at)
@@ -232,19 +232,19 @@ async def test_a_bad_head_is_told_when_the_server_ends(keyed: Server) -> None:
         await client.close()
 
 
-# --- clients that go ------------------------------------------------------------------------
+# --- clients that leave ---------------------------------------------------------------------
 
 
 async def test_a_connection_that_was_reset_a_moment_ago_is_no_fault(
     keyed: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uvloop writes nothing to it, and does not say so before."""
+    """A reset connection, to which uvloop refuses to write without warning, logs no error."""
     async with listening_with(keyed, FEW) as at:
         client = await waiting(at, b"nonsense\r\n\r\n")
         connection: Connection = only(at)
 
         class Reset:
-            """As uvloop's transport is, between the reset and `connection_lost`."""
+            """Behaves like uvloop's transport between the reset and `connection_lost`."""
 
             is_closing = staticmethod(lambda: False)
             abort = staticmethod(connection.transport.abort)
@@ -263,7 +263,7 @@ async def test_a_connection_that_was_reset_a_moment_ago_is_no_fault(
 async def test_a_websocket_that_is_refused_is_no_fault(
     keyed: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it is told at once, has to wait, or goes."""
+    """No error is logged, whether the refusal is sent at once or held, or the client leaves."""
     async with listening_with(keyed, FEW) as at:
         for name in ("uvicorn", "uvicorn.error"):
             monkeypatch.setattr(logging.getLogger(name), "propagate", True)

@@ -1,4 +1,4 @@
-"""Helpers are killed on request, at their bounds and with their parent, and the next one works."""
+"""Helpers are killed on request, at their limits and with their parent; the next one works."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_aside(errand: Errand, what: str) -> tuple[threading.Thread, list[BaseExc
     def run() -> None:
         try:
             errand.do(what)
-        except BaseException as error:  # noqa: BLE001  # looked at by the test
+        except BaseException as error:  # noqa: BLE001  # checked by the test
             raised.append(error)
 
     thread = threading.Thread(target=run)
@@ -58,7 +58,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_a_helper_is_kept_for_the_next_errand(helpers: Helpers) -> None:
-    """Also after one that has refused its work; what that said is told."""
+    """A helper stays for the next errand, even after refused work; the refusal is reported."""
     Errand(helpers, BOUNDS).do("pass")
     [pid] = helpers.pids
     with pytest.raises(RefusedByHelper, match="no good") as caught:
@@ -70,13 +70,13 @@ def test_a_helper_is_kept_for_the_next_errand(helpers: Helpers) -> None:
 
 
 def test_no_helper_is_started_before_there_is_work(helpers: Helpers) -> None:
-    """They cost memory."""
+    """No helper is started before there is work, because helpers cost memory."""
     Errand(helpers, BOUNDS).stop()
     assert [] == helpers.pids
 
 
 def test_a_stopped_errand_kills_its_helper_in_the_middle_of_its_work(helpers: Helpers) -> None:
-    """And begins nothing more; the next errand has another helper."""
+    """A stopped errand kills its helper and starts nothing more; the next one has another."""
     errand = Errand(helpers, BOUNDS)
     thread, raised = run_aside(errand, ENDLESS)
     wait_until(lambda: bool(helpers.pids))
@@ -101,7 +101,7 @@ def test_a_stopped_errand_kills_its_helper_in_the_middle_of_its_work(helpers: He
     ],
 )
 def test_what_takes_too_much_is_ended(helpers: Helpers, what: str, of: str, bounds: Bounds) -> None:
-    """Whether it grows step by step, or all at once; and the next errand is done."""
+    """A helper beyond its memory or its time is killed, and the next errand is done."""
     Errand(helpers, BOUNDS).do("pass")
     [pid] = helpers.pids
     with pytest.raises(OutOfBounds) as caught:
@@ -113,7 +113,7 @@ def test_what_takes_too_much_is_ended(helpers: Helpers, what: str, of: str, boun
 
 
 def test_a_helper_that_dies_of_its_work_is_replaced(helpers: Helpers) -> None:
-    """And it is told of what."""
+    """A helper that dies of its work is replaced, and the cause is reported."""
     with pytest.raises(HelperFailed, match="signal 11"):
         Errand(helpers, BOUNDS).do("import os; os.kill(os.getpid(), 11)")
     Errand(helpers, BOUNDS).do("pass")
@@ -121,7 +121,7 @@ def test_a_helper_that_dies_of_its_work_is_replaced(helpers: Helpers) -> None:
 
 
 def test_long_work_has_the_lowest_priority(helpers: Helpers) -> None:
-    """The thread that works, not the one that listens for the next errand."""
+    """Only the working thread has the lowest priority, not the one that listens for errands."""
     errand = Errand(helpers, BOUNDS)
     thread, _ = run_aside(errand, ENDLESS)
     wait_until(lambda: bool(helpers.pids))
@@ -140,7 +140,7 @@ def test_long_work_has_the_lowest_priority(helpers: Helpers) -> None:
 def test_a_helper_knows_no_secret_and_listens_nowhere(
     helpers: Helpers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its only descriptors are /dev/null and the socket pair with its parent."""
+    """A helper has no secrets; its only descriptors are /dev/null and the parent's socket pair."""
     monkeypatch.setenv("VLLM_API_KEY", "a secret")
     monkeypatch.setenv("HF_TOKEN", "another")
     Errand(helpers, BOUNDS).do("pass")
@@ -157,7 +157,7 @@ def test_a_helper_knows_no_secret_and_listens_nowhere(
 
 @pytest.mark.parametrize("what", ["pass", ENDLESS])
 def test_a_helper_ends_with_its_parent(what: str) -> None:
-    """However the parent ends, and whether it works or waits."""
+    """A helper ends with its parent, however that ends, and whether it works or waits."""
     program = f"""
 import threading, time
 from vllm_hotswap.helpers import *
@@ -177,7 +177,7 @@ time.sleep(600)
 
 
 def test_closing_ends_all_of_them(helpers: Helpers) -> None:
-    """Those that work, too."""
+    """Closing ends all helpers, even working ones."""
     Errand(helpers, BOUNDS).do("pass")
     [idle] = helpers.pids
     thread, raised = run_aside(Errand(helpers, BOUNDS), ENDLESS)
@@ -196,14 +196,14 @@ def test_closing_ends_all_of_them(helpers: Helpers) -> None:
     "command", [["/nowhere/python"], [sys.executable, "-c", "import os; os._exit(3)"]]
 )
 def test_it_is_told_where_no_helper_can_be_started(command: list[str]) -> None:
-    """No such program, or no xgrammar that it can load."""
+    """A program that is missing, or has no usable xgrammar, is reported."""
     with pytest.raises(NoHelper):
         Errand(Helpers(command), BOUNDS).do("pass")
 
 
 @pytest.fixture(scope="module")
 def native() -> Iterator[Helpers]:
-    """The real program, with xgrammar's and llguidance's native code."""
+    """The real program, with the native code of xgrammar and llguidance."""
     if find_spec("xgrammar") is None:
         pytest.skip("xgrammar is not installed")
     helpers = Helpers()
@@ -223,12 +223,12 @@ def native() -> Iterator[Helpers]:
     ],
 )
 def test_good_grammars_pass(native: Helpers, maker: str, arguments: list[Any]) -> None:
-    """Of each kind."""
+    """Good grammars of each kind pass."""
     Errand(native, BOUNDS).do("check", maker, *arguments)
 
 
 def test_wrong_ones_are_refused_in_the_library_s_words(native: Helpers) -> None:
-    """By either library."""
+    """Wrong grammars are refused in the words of either library."""
     with pytest.raises(RefusedByHelper, match="Regex parsing error"):
         Errand(native, BOUNDS).do("check", "from_regex", "(", False)
     with pytest.raises(RefusedByHelper, match="Expected token"):
@@ -236,7 +236,7 @@ def test_wrong_ones_are_refused_in_the_library_s_words(native: Helpers) -> None:
 
 
 def test_it_has_loaded_neither_torch_nor_transformers(native: Helpers) -> None:
-    """They would take 300 MB and seconds."""
+    """A helper has loaded neither torch nor transformers, which take 300 MB and seconds."""
     Errand(native, BOUNDS).do("check", "from_regex", "a", False)
     mapped = Path(f"/proc/{native.pids[0]}/maps").read_text(encoding="utf-8")
     assert "xgrammar" in mapped
@@ -244,7 +244,7 @@ def test_it_has_loaded_neither_torch_nor_transformers(native: Helpers) -> None:
 
 
 def test_stopping_kills_every_helper_of_an_errand(helpers: Helpers) -> None:
-    """Vllm gives up on a regular expression after seconds, and asks another library."""
+    """A stop kills all helpers of an errand: vLLM tries a second library after seconds."""
     errand = Errand(helpers, BOUNDS)
     threads = [run_aside(errand, ENDLESS)[0] for _ in range(2)]
     wait_until(lambda: 2 == len(helpers.pids))
@@ -256,7 +256,7 @@ def test_stopping_kills_every_helper_of_an_errand(helpers: Helpers) -> None:
 
 
 def test_the_start_of_a_helper_does_not_count_as_work(helpers: Helpers) -> None:
-    """Else what comes first would look slow."""
+    """A helper's start does not count as work, or the first errand would look slow."""
     errand = Errand(helpers, BOUNDS)
     errand.do("import time; time.sleep(0.2)")
     errand.do("import time; time.sleep(0.2)")

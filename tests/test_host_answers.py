@@ -1,4 +1,4 @@
-"""What the engine host answers to commands that fail, and what the API process makes of it."""
+"""The engine host's replies to failing commands, and their effect in the API process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vllm_hotswap.states import WakeProgress
 
 
 class Asleep:
-    """An engine of which whatever it is told fails."""
+    """An engine on which every operation fails."""
 
     is_loaded = True
 
@@ -54,7 +54,7 @@ class Asleep:
 
 
 def told(command: Command, error: Exception) -> tuple[Asleep, list[Message]]:
-    """What the host says, and the engine afterwards."""
+    """Return the engine after the command, and the host's messages."""
     sent: list[Message] = []
     host, engine = Obedience(sent.append), Asleep(error)
     host._loads["one"] = 3
@@ -81,7 +81,7 @@ def answer_to(command: Command, error: Exception) -> tuple[Asleep, Answer]:
 def test_only_a_model_without_room_is_still_there_after_a_wake_that_failed(
     error: Exception, stays: bool, lacks_room: bool
 ) -> None:
-    """Of any other failure nobody knows what it has left."""
+    """Only a model without room survives a failed wake: other failures leave it unknown."""
     engine, answer = answer_to(Wake(7, "one"), error)
 
     assert (stays, lacks_room) == (engine.is_loaded, answer.lacks_room)
@@ -94,7 +94,7 @@ def test_only_a_model_without_room_is_still_there_after_a_wake_that_failed(
     [(NoRoom("waking takes 5 MiB"), True), (RuntimeError("a copy has failed"), False)],
 )
 def test_a_slice_that_failed_leaves_its_model_asleep(error: Exception, lacks_room: bool) -> None:
-    """It has given back what slices had taken, whatever the failure was."""
+    """A failed slice leaves its model asleep, and has released what slices had taken."""
     engine, answer = answer_to(WakeSlice(7, "one"), error)
 
     assert engine.is_loaded
@@ -103,7 +103,7 @@ def test_a_slice_that_failed_leaves_its_model_asleep(error: Exception, lacks_roo
 
 
 def test_a_model_that_cannot_fall_asleep_is_as_it_was() -> None:
-    """For want of host memory, say."""
+    """A model that cannot fall asleep, for want of host memory say, is as it was."""
     engine, answer = answer_to(Sleep(7, "one", 1), NoRoom("no host memory"))
 
     assert engine.is_loaded
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_fall_asleep_is_as_it_was() -> None:
 
 
 def test_a_model_of_which_only_some_workers_sleep_is_given_up() -> None:
-    """Its engine has died, and that is told before the answer: whoever asked knows then."""
+    """The death of a half-asleep engine is reported before the reply: the caller knows it then."""
     error = HalfAsleep("a worker could not fall asleep: it is lost")
     engine, (failed, answer) = told(Sleep(7, "one", 1), error)
 
@@ -123,7 +123,7 @@ def test_a_model_of_which_only_some_workers_sleep_is_given_up() -> None:
 
 @pytest.mark.parametrize(("lacks_room", "kind"), [(True, NoRoom), (False, HotswapError)])
 async def test_an_answer_says_whether_room_was_lacking(lacks_room: bool, kind: type[Any]) -> None:
-    """So that the caller can tell a model that is still asleep from one that is gone."""
+    """A reply says whether room was lacking, as then the model is still asleep, not lost."""
     link = HostLink()
     link._pending[7] = future = asyncio.get_running_loop().create_future()
 

@@ -1,4 +1,4 @@
-"""Names of models on the hub: whether they can be found, told at once."""
+"""Model names on the hub: errors are reported at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ except ConfigError as error:
 
 
 def ask(endpoint: str, cache: Path, name: str, revision: str = "", **environment: str) -> str:
-    """What is said against a name, by a process that knows this hub and this cache."""
+    """Return the error for a name, from a process that uses this hub and this cache."""
     ended = subprocess.run(
         [sys.executable, "-c", ASK, name, revision],
         capture_output=True,
@@ -41,7 +41,7 @@ def ask(endpoint: str, cache: Path, name: str, revision: str = "", **environment
 
 @contextmanager
 def hub(code: str) -> Iterator[str]:
-    """A hub that knows nothing, and says so with this error code."""
+    """A hub that finds nothing, and answers with this error code."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -51,7 +51,7 @@ def hub(code: str) -> Iterator[str]:
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
@@ -65,7 +65,7 @@ def hub(code: str) -> Iterator[str]:
 
 
 def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
-    """With what can be done about it."""
+    """A hub that cannot be reached is reported with a remedy."""
     said = ask(f"http://127.0.0.1:{free_port()}", tmp_path, "org/gone")
 
     assert said.startswith(
@@ -76,7 +76,7 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_may_not_be_asked_is_told(tmp_path: Path) -> None:
-    """`HF_HUB_OFFLINE` forbids it."""
+    """A hub that `HF_HUB_OFFLINE` forbids is reported as not reachable."""
     said = ask("http://127.0.0.1:9", tmp_path, "org/gone", HF_HUB_OFFLINE="1")
 
     assert "the hub cannot be reached (" in said
@@ -92,13 +92,13 @@ def test_a_hub_that_may_not_be_asked_is_told(tmp_path: Path) -> None:
 def test_a_name_that_the_hub_does_not_know_is_told(
     tmp_path: Path, code: str, expected: str
 ) -> None:
-    """And a revision."""
+    """A name or a revision that the hub does not know is reported."""
     with hub(code) as endpoint:
         assert ask(endpoint, tmp_path, "org/gone", "v9").startswith(expected)
 
 
 def test_a_model_in_the_cache_is_not_asked_for(tmp_path: Path) -> None:
-    """There may be no network then."""
+    """A model in the cache needs no request, since there may be no network."""
     repository = tmp_path / "hub" / "models--org--here"
     (repository / "snapshots" / "abc").mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -110,5 +110,5 @@ def test_a_model_in_the_cache_is_not_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["s3://bucket/model", "org/model:Q4_K_M"])
 def test_names_of_other_places_are_left_to_vllm(tmp_path: Path, name: str) -> None:
-    """It knows more than one."""
+    """Names of other places are left to vLLM, which supports several."""
     assert "" == ask("http://127.0.0.1:9", tmp_path, name)

@@ -1,4 +1,4 @@
-"""What a server does by itself after a while without requests."""
+"""What a server does on its own after a while without requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REST = {"llama": ModelPolicy(idle_sleep_s=10, idle_unload_s=60)}
 
 
 async def idle(server: Server, seconds: float) -> None:
-    """Let time pass, with the server looking at who is idle every second."""
+    """Let time pass while the server looks for idle models every second."""
     looking = asyncio.create_task(server.coordinator.rest_idle_models())
     await asyncio.sleep(seconds)
     looking.cancel()
@@ -39,7 +39,7 @@ async def state(server: Server) -> tuple[str, str | None, int, int]:
 
 @pytest.mark.parametrize("mode", ["manual", "auto"])
 def test_default_model_is_switched_back_to(play: Play, mode: str) -> None:
-    """After so long without a request; nobody has ordered it."""
+    """After a set time without a request, the server returns to the default model by itself."""
 
     async def story(server: Server) -> None:
         await server.switch("qwen")
@@ -57,7 +57,7 @@ def test_default_model_is_switched_back_to(play: Play, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["manual", "auto"])
 def test_request_keeps_its_model_active(play: Play, mode: str) -> None:
-    """While it runs, and for the whole time after its end."""
+    """The default model stays away while a request runs, and for the whole time after its end."""
 
     async def story(server: Server) -> None:
         await server.switch("qwen")
@@ -74,7 +74,7 @@ def test_request_keeps_its_model_active(play: Play, mode: str) -> None:
 
 
 def test_job_lease_keeps_its_model_active(play: Play) -> None:
-    """Also if the job asks for nothing; the time begins when the lease has ended."""
+    """A job lease keeps its model active even without requests; the time starts when it ends."""
 
     async def story(server: Server) -> None:
         await server.post("/admin/leases", json={"model": "qwen", "owner": "ann", "ttl": 100})
@@ -88,7 +88,7 @@ def test_job_lease_keeps_its_model_active(play: Play) -> None:
 
 
 def test_default_model_that_cannot_be_activated_is_tried_again_later(play: Play) -> None:
-    """Not every second: a failed attempt counts as use."""
+    """A failed return to the default model counts as use, so it is not retried every second."""
 
     async def story(server: Server) -> None:
         await server.switch("qwen")
@@ -107,7 +107,7 @@ def test_default_model_that_cannot_be_activated_is_tried_again_later(play: Play)
 
 
 def test_active_model_rests_when_nobody_asks(play: Play) -> None:
-    """It sleeps and is unloaded in time; the server is idle, healthy and ready all the while."""
+    """An unused active model sleeps, then is unloaded; the idle server stays healthy and ready."""
 
     async def story(server: Server) -> None:
         assert ("serving", "llama", 200, 200) == await state(server)
@@ -127,7 +127,7 @@ def test_active_model_rests_when_nobody_asks(play: Play) -> None:
 
 @pytest.mark.parametrize("alias", ["llama", "qwen", "mistral", None])
 def test_next_request_brings_a_model_up(play: Play, alias: str | None) -> None:
-    """Whichever it names; without a name, the one that was active last."""
+    """A request wakes the model that it names; without a name, the one that was active last."""
 
     async def story(server: Server) -> None:
         await idle(server, 70)
@@ -141,7 +141,7 @@ def test_next_request_brings_a_model_up(play: Play, alias: str | None) -> None:
 
 
 def test_request_that_comes_while_a_model_goes_to_rest_is_served(play: Play) -> None:
-    """It waits until the model is asleep, and wakes it."""
+    """A request that arrives while its model is put to sleep waits for that, then wakes it."""
 
     async def story(server: Server) -> None:
         server.host.hold("sleep", "llama")
@@ -163,7 +163,7 @@ def test_request_that_comes_while_a_model_goes_to_rest_is_served(play: Play) -> 
 
 
 def test_model_in_use_does_not_rest(play: Play) -> None:
-    """Neither with a request in flight, nor held for a job, nor pinned."""
+    """A model with a request in flight, a job lease or a pin does not rest."""
 
     async def story(server: Server) -> None:
         running = await server.start_stream("llama")
@@ -184,7 +184,7 @@ def test_model_in_use_does_not_rest(play: Play) -> None:
 
 
 def test_active_model_does_not_rest_in_the_mode_manual(play: Play) -> None:
-    """Nobody would bring one up again."""
+    """In manual mode the active model never rests, because no request would bring one up again."""
 
     async def story(server: Server) -> None:
         await idle(server, 100)
@@ -195,7 +195,7 @@ def test_active_model_does_not_rest_in_the_mode_manual(play: Play) -> None:
 
 
 def test_model_that_rests_is_not_switched_away_from(play: Play) -> None:
-    """A server that is idle stays so, although the default model is another one."""
+    """A server that is idle stays so, even if the resting model is not the default one."""
 
     async def story(server: Server) -> None:
         await server.switch("qwen")
@@ -209,7 +209,7 @@ def test_model_that_rests_is_not_switched_away_from(play: Play) -> None:
 
 
 def test_host_that_dies_while_the_model_rests_is_restarted(play: Play) -> None:
-    """The model that was active last comes back, as ever, and rests again later."""
+    """After the host dies, the model that was active last comes back, and rests again later."""
 
     async def story(server: Server) -> None:
         await idle(server, 70)
@@ -225,7 +225,7 @@ def test_host_that_dies_while_the_model_rests_is_restarted(play: Play) -> None:
 
 
 def test_engine_that_dies_at_rest_is_left_until_it_is_asked_for(play: Play) -> None:
-    """Nobody misses it."""
+    """An engine that dies at rest is not restarted until a request needs it."""
 
     async def story(server: Server) -> None:
         await idle(server, 11)
@@ -239,7 +239,7 @@ def test_engine_that_dies_at_rest_is_left_until_it_is_asked_for(play: Play) -> N
 
 
 def test_model_that_cannot_be_brought_up_from_rest_is_told(play: Play) -> None:
-    """And the server stays idle: the next request tries again."""
+    """A model that cannot be brought up from rest gives an error; the next request tries again."""
 
     async def story(server: Server) -> None:
         await idle(server, 70)
@@ -256,7 +256,7 @@ def test_model_that_cannot_be_brought_up_from_rest_is_told(play: Play) -> None:
 
 
 def test_model_that_cannot_rest_is_active_again_with_the_next_request(play: Play) -> None:
-    """Nothing is lost when a sleep fails."""
+    """If a sleep fails, nothing is lost: the next request makes the model active again."""
 
     async def story(server: Server) -> None:
         server.host.fail_next("sleep", "llama")
@@ -271,7 +271,7 @@ def test_model_that_cannot_rest_is_active_again_with_the_next_request(play: Play
 
 
 def test_device_without_sleep_unloads(play: Play) -> None:
-    """The time to sleep means nothing there."""
+    """On a device without sleep, the time to sleep has no effect; the model is only unloaded."""
 
     async def story(server: Server) -> None:
         await idle(server, 20)

@@ -1,4 +1,4 @@
-"""The process in which vLLM looks at models' classes. A start that ends does not wait for it."""
+"""The process in which vLLM inspects model classes. An interrupted start does not wait for it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FOR_EVER_S = 3600.0
 
 
 def begin() -> None:
-    """Nothing: vLLM is not needed here."""
+    """Do nothing: vLLM is not needed here."""
 
 
 def test_a_start_that_is_interrupted_does_not_wait_for_it() -> None:
-    """The other process would be at work for an hour. Without a kill this test does not end."""
+    """An interrupted start ends at once, although the other process would work for an hour."""
     workers: list[psutil.Process] = []
 
     def start() -> None:

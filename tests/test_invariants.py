@@ -1,16 +1,16 @@
-"""The rules of switching, each held over walks that hypothesis makes up.
+"""The rules of switching, each checked over walks that hypothesis generates.
 
-A walk is a whole server on fake engines under virtual time (`tests.walk`), and any mix of requests,
-slow and vanishing clients, switches, operations and failures, interleaved by single turns of the
-event loop. Every test holds one invariant, which looks at the server after every step and at the
-end. What it compares with is its own: the ledger of what clients saw, and tables that are written
-down here once more.
+A walk is a whole server on fake engines under virtual time (`tests.walk`), with any mix of
+requests, slow and vanishing clients, switches, operations and failures, interleaved by single turns
+of the event loop. Every test checks one invariant, which looks at the server after every step and
+at the end. It compares with its own data: the ledger of what clients saw, and tables that are
+written down here again.
 
 Not here, because a fake engine cannot show it: that a model which was away answers exactly as one
-that never was (I7, held on the real engine: `tests/integration/test_residency.py`), that no cache
-of one load is seen by another (I6), and memory that is really used (I11; here the budget is never
-exceeded by what the fake engines say that they hold). Nobody switches but who is told to, so that
-there is no fairness between models to hold (I15).
+that never was (I7, checked on the real engine: `tests/integration/test_residency.py`), that no
+cache of one load is seen by another (I6), and memory that is really used (I11; here, what the fake
+engines report never exceeds the budget). Switches happen only on a call, so there is no fairness
+between models to check (I15).
 """
 
 # ruff: noqa: N802  # invariants are called by their numbers
@@ -78,10 +78,10 @@ WALKS = settings(
 )
 
 CUT_S = 10.0
-"""Seconds in which a request that was ended must be over, whatever its client does."""
+"""Seconds in which an aborted request must be over, whatever its client does."""
 
 TURNS = (None, None, None, 0, 1, 2, 5)
-"""Turns of the loop that follow a step; None for as many as there are without time."""
+"""Turns of the loop that follow a step; None for as many as can run without time passing."""
 POLICIES = (None, "abort", "park", "park", "park", "refuse")
 HOST_WORK = ("load", "wake", "activate", "verify", "sleep", "unload")
 BESIDE = ("wake_some", "give_up_wake")
@@ -102,12 +102,12 @@ When = Callable[[Any], object]
 
 @dataclass(frozen=True)
 class Step:
-    """Something that may happen in a walk."""
+    """Something that can happen in a walk."""
 
     when: When
     often: int
     choices: Mapping[str, Sequence[Any]]
-    """What its arguments may be."""
+    """The values that its arguments can take."""
 
 
 STEPS: dict[str, Step] = {}
@@ -125,12 +125,12 @@ def may(when: When = lambda walk: True, *, often: int = 1, **choices: Sequence[A
 
 
 def in_trouble(walk: Walk) -> bool:
-    """Files are lost, and what the host is told to do fails."""
+    """Also lose files, and let commands to the host fail."""
     return walk.mood != "calm"
 
 
 def in_danger(walk: Walk) -> bool:
-    """Engines and the host die and hang, too."""
+    """Also let engines and the host die and hang."""
     return walk.mood == "deadly"
 
 
@@ -160,12 +160,12 @@ BEGINNINGS: dict[str, Sequence[Any]] = {
     "mood": ("calm", "calm", "troubled", "deadly", "deadly"),
     "ending": (None, 0, 5),
 }
-"""What server it is, what goes wrong, and in what time it is stopped in the end, in the middle of
-everything; None if it is not."""
+"""The kind of server, what goes wrong, and the time given to the stop at the end, which comes in
+the middle of everything; None for no stop."""
 
 
 class Walk(RuleBasedStateMachine):
-    """What may happen, in any order."""
+    """All steps, in any order."""
 
     kinds: ClassVar[tuple[type[Invariant], ...]] = ()
     folders: ClassVar[tuple[Path, ...]] = ()
@@ -271,7 +271,7 @@ class Walk(RuleBasedStateMachine):
 
     @may(lambda self: in_danger(self) and not self.world.host.is_busy, turns=TURNS)
     def kill_engine(self, turns: int | None) -> None:
-        """In a step, which is never taken while the host does what it was told."""
+        """A step is never taken while the host executes a command."""
         for engine in self.world.host.engines.values():
             if engine.is_stepped:
                 self.world.befall(partial(self.world.host.kill_engine, engine.alias))
@@ -347,14 +347,14 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _silent() -> Iterator[None]:
-    """Thousands of failures are made here, and each would be told in the log."""
+    """Silence the log: thousands of failures are made here, and each would be logged."""
     logging.getLogger("vllm_hotswap").disabled = True
     yield
     logging.getLogger("vllm_hotswap").disabled = False
 
 
 def walk(kind: type[Invariant], *, machine: type[Walk] = Walk, tries: int = 8) -> None:
-    """Hold one invariant over walks; one that breaks it is made as short as it can be."""
+    """Check one invariant over walks; a walk that breaks it is made as short as possible."""
     run_state_machine_as_test(
         type(kind.__name__, (machine,), {"kinds": (kind,)}),
         settings=settings(WALKS, max_examples=examples(tries)),
@@ -362,7 +362,7 @@ def walk(kind: type[Invariant], *, machine: type[Walk] = Walk, tries: int = 8) -
 
 
 def walk_at_random(seed: int, kinds: tuple[type[Invariant], ...], steps: int) -> None:
-    """One walk, quickly: without hypothesis, which takes most of the time of the others."""
+    """Run one walk fast: without hypothesis, which takes most of the time of the others."""
     draw = random.Random(seed)  # noqa: S311  # no secret
     taken = []
 
@@ -390,7 +390,7 @@ def walk_at_random(seed: int, kinds: tuple[type[Invariant], ...], steps: int) ->
 
 
 class NoWrongModel(Invariant):
-    """Whatever a client gets was made by the model that it asked for, while that was active."""
+    """A client gets only what the model that it asked for made, while that model was active."""
 
     def at_any_time(self) -> None:
         for ask in self.world.recent_asks:
@@ -416,7 +416,7 @@ class NoWrongModel(Invariant):
 
 
 def test_I1_no_wrong_model() -> None:
-    """Every word comes from the model that was asked for, and only while that is stepped."""
+    """Every word comes from the model that was asked for, only while that model is stepped."""
     walk(NoWrongModel)
 
 
@@ -446,7 +446,7 @@ class NoLostRequest(Invariant):
 
 
 def test_I2_no_lost_request() -> None:
-    """Every request ends in exactly one whole answer, or in an error that nobody can overlook."""
+    """Every request ends in exactly one whole answer, or in an error that cannot be missed."""
     walk(NoLostRequest)
 
 
@@ -454,7 +454,7 @@ def test_I2_no_lost_request() -> None:
 
 
 class BoundedWait(Invariant):
-    """Nobody waits for longer than the settings say, whatever happens meanwhile."""
+    """No request waits longer than the settings say, whatever happens during the wait."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -487,7 +487,7 @@ class BoundedWait(Invariant):
             blocked_s, bound_s = self.world.now_s - ask.blocked_s, self.world.shape.client_timeout
             self.expect(blocked_s <= 2 * bound_s + CUT_S, f"{ask} takes nothing, and is not let go")
         if not ask.is_open or not ask.has_always_read:
-            return  # whoever does not read has only himself to wait for
+            return  # a client that does not read causes its own wait
         if ask.task not in self.world.leases:
             waited_s = self.world.now_s - ask.began_s
             self.expect(waited_s <= self.world.shape.wait_timeout, f"{ask} held for {waited_s} s")
@@ -499,7 +499,7 @@ class BoundedWait(Invariant):
             self.expect(active_s <= bound_s, f"{ask} had the engine for {active_s} s")
 
     def _bound_s(self, call: SwitchCall) -> float:
-        """The drain, a move of every model there and back, and the same for who came before."""
+        """Return the time to drain, to move every model there and back, and for earlier calls."""
         drain_s = call.body.get("drain_timeout", self.world.shape.drain_timeout)
         each_s = 30.0 + (RECOVERY.load_timeout if self.world.hangs else 0.0)
         return float(drain_s + CUT_S) + each_s * (1 + call.ahead)
@@ -539,7 +539,7 @@ class OneTransitionAtATime(Invariant):
         self._operation: str | None = None
 
     def on_event(self, event: Event) -> None:
-        if not isinstance(event, RequestEnded):  # whose epoch is that of its request
+        if not isinstance(event, RequestEnded):  # the epoch is that of its request
             self.expect(event.epoch >= self._epoch, f"{event} is of the past: {self._epoch}")
             self._epoch = event.epoch
         match event:
@@ -582,7 +582,7 @@ class OneTransitionAtATime(Invariant):
 
 
 def test_I4_one_transition_at_a_time() -> None:
-    """Only listed edges, one switch, one move; each activation has an epoch above all before."""
+    """Models take only listed edges, one at a time; each activation has a higher epoch."""
     walk(OneTransitionAtATime)
 
 
@@ -620,7 +620,7 @@ class DrainEnds(Invariant):
     def _drained(self, event: PhaseChanged) -> None:
         took_s = self.world.now_s - self._began_s
         timeout_s = self.world.drain_timeout_of(event.target)
-        if not self.world.is_automatic:  # which waits for those that cannot be parked
+        if not self.world.is_automatic:  # the drain waits for those that cannot be parked
             self.expect(took_s <= timeout_s + CUT_S, f"a drain of {timeout_s} s took {took_s} s")
         leases = self._leases()
         running = [lease for lease in leases if lease.cut is None and not lease.is_parked]
@@ -639,7 +639,7 @@ class DrainEnds(Invariant):
 
 
 def test_I5_drain_ends() -> None:
-    """Nothing is admitted to a model that is drained, and the drain is over when its time is."""
+    """A model that is drained admits nothing, and the drain is over when its time is."""
     walk(DrainEnds, tries=21)
 
 
@@ -647,7 +647,7 @@ def test_I5_drain_ends() -> None:
 
 
 class AtomicSwitch(Invariant):
-    """A switch ends with its target active, or its source, or plainly with nobody."""
+    """A switch ends with its target active, or its source, or plainly with no model active."""
 
     def on_event(self, event: Event) -> None:
         if not isinstance(event, SwitchEnded):
@@ -691,7 +691,7 @@ class AtomicSwitch(Invariant):
 
 
 def test_I8_atomic_switch() -> None:
-    """Whatever fails in a switch, one model is active and alone is stepped, or nobody is."""
+    """After any failure in a switch, one model is active and alone is stepped, or none is."""
     walk(AtomicSwitch)
 
 
@@ -699,7 +699,7 @@ def test_I8_atomic_switch() -> None:
 
 
 class TruthfulHealth(Invariant):
-    """Who says to be ready is: a request that is sent now is answered. Who is not will be."""
+    """A server that reports ready answers a request sent now; one that does not will again."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -708,7 +708,7 @@ class TruthfulHealth(Invariant):
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, SwitchEnded | ServiceDegraded):
-            self._down_s = None  # somebody has tried
+            self._down_s = None  # there was an attempt
 
     def at_any_time(self) -> None:
         world, now_s = self.world, self.world.now_s
@@ -733,7 +733,8 @@ class TruthfulHealth(Invariant):
             active, epoch = ready.json["active"], ready.json["epoch"]
             stay = self.world.stays[-1]
             is_true = stay.ended_s is None and (stay.alias, stay.epoch) == (active, epoch)
-            # Requests are taken in whatever moves meanwhile, and if nobody has asked for a while.
+            # In automatic mode, requests are accepted while models move; also while the server is
+            # idle.
             is_idle = active is None and self.world.coordinator.state is ServerState.IDLE
             is_true = is_true or is_idle
             is_true = is_true or (self.world.is_automatic and self.world.coordinator.target)
@@ -741,7 +742,7 @@ class TruthfulHealth(Invariant):
             self.expect(is_live, "ready, and not live")
 
     def at_end(self) -> None:
-        """Nothing is broken any more."""
+        """Check that a server in which nothing is broken any longer serves what it says."""
         ready = self.world.get("/ready")
         over = self.world.is_given_up or self.world.stopping is not None
         self.expect(over == (ready.status != 200), f"/ready: {ready.status} {ready.json}")
@@ -755,7 +756,7 @@ class TruthfulHealth(Invariant):
 
 
 class ProbingWalk(Walk):
-    """Asks now and then, and believes the answer."""
+    """Send a request now and then, and compare the result with `/ready`."""
 
     @rule()
     def probe(self) -> None:
@@ -772,8 +773,8 @@ class ProbingWalk(Walk):
 
 
 def test_I9_truthful_health() -> None:
-    """`/ready` is so exactly when a request for the active model is served, `/health` until the
-    server gives up; once nothing is broken any more, it is ready again by itself."""
+    """`/ready` is 200 exactly when a request for the active model is served, `/health` until the
+    server gives up; once nothing is broken, it becomes ready again by itself."""
     walk(TruthfulHealth, machine=ProbingWalk)
 
 
@@ -781,7 +782,7 @@ def test_I9_truthful_health() -> None:
 
 
 class FreshAdapterNumbers(Invariant):
-    """A number is that of one adapter for ever: engines and caches know adapters by it."""
+    """A number belongs to one adapter for ever: engines and caches identify adapters by it."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -795,7 +796,7 @@ class FreshAdapterNumbers(Invariant):
 
 
 class AdapterWalk(Walk):
-    """Has adapters come and go, too."""
+    """Add and remove adapters, too."""
 
     @rule(alias=st.sampled_from(ALIASES), name=st.sampled_from(["sql", "pirate"]))
     def add_adapter(self, alias: str, name: str) -> None:
@@ -810,7 +811,7 @@ class AdapterWalk(Walk):
 
 
 def test_I12_adapter_numbers_are_never_reused(adapters: Path) -> None:
-    """Replaced, removed and added again, of whatever model, loaded or not: the number is new."""
+    """An adapter replaced, removed or re-added gets a new number, for any model, loaded or not."""
 
     class Machine(AdapterWalk):
         folders = (adapters,)
@@ -822,7 +823,7 @@ def test_I12_adapter_numbers_are_never_reused(adapters: Path) -> None:
 
 
 class Idempotent(Invariant):
-    """A switch to the active model changes nothing; one switch, however many ask for it."""
+    """A switch to the active model changes nothing; concurrent calls for one target share one."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -877,7 +878,7 @@ def test_I13_idempotent_attributable() -> None:
 
 
 class SuccessMeansVerified(Invariant):
-    """Who is told that a switch was done is told so by an engine that generates what it should."""
+    """A switch call succeeds only after an engine that generates what it should confirmed it."""
 
     def on_piece(self, call: Call, piece: bytes) -> None:
         if not (isinstance(call, SwitchCall) and call.status == 200 and call.json["switched"]):
@@ -904,7 +905,7 @@ def test_I14_success_means_verified() -> None:
 
 
 class BoundedQueue(Invariant):
-    """Never more requests wait than may, and whoever is too many is told so at once."""
+    """The queue never exceeds its limit, and a request beyond it is refused at once."""
 
     def on_piece(self, call: Call, piece: bytes) -> None:
         if call.status != 429 or not isinstance(call, Ask):
@@ -913,7 +914,7 @@ class BoundedQueue(Invariant):
         most = max(len(m.leases) + len(m.entered) for m in self.world.registry)
         is_full = waiting >= shape.max_waiting or waiting + most >= shape.in_flight
         failed = self.world.is_automatic and self.world.has_failed_now
-        emptied = failed or self.world.stopping is not None  # before it could be told
+        emptied = failed or self.world.stopping is not None  # before the error could be sent
         self.expect(is_full or emptied, f"{call} refused, {waiting} wait, {most} in flight")
         self.expect(int(call.headers["retry-after"]) >= 1, f"{call}: {call.headers}")
         at_once = not call.has_always_read or self.world.now_s == call.began_s
@@ -929,20 +930,20 @@ class BoundedQueue(Invariant):
 
     def when_settled(self) -> None:
         held, asks = self.world.app.router.bodies.held_bytes, self.world.open_asks
-        served = [ask for ask in asks if not ask.is_refused]  # nothing has to be held of others
+        served = [ask for ask in asks if not ask.is_refused]  # no other body has to be buffered
         is_right = sum(map(_weight, served)) <= held <= sum(map(_weight, asks))
         self.expect(is_right, f"{held} bytes are held for {asks}")
 
 
 def _weight(ask: Ask) -> int:
-    """What a request counts as long as it is open. All texts are ASCII."""
+    """Return how much a request counts while it is open. All texts are ASCII."""
     body = json.dumps(ask.body)
     values = sum(map(body.count, ",[{"))
     return PLAIN_BYTES_PER_BYTE * len(body) + BYTES_PER_VALUE * values
 
 
 def test_I16_bounded_queue() -> None:
-    """The queue is as long as it may be and no longer; who is refused is refused at once."""
+    """The queue reaches its limit and never exceeds it; a refused request is refused at once."""
     walk(BoundedQueue)
 
 
@@ -955,7 +956,7 @@ class DisconnectFrees(Invariant):
     def when_settled(self) -> None:
         for call in (*self.world.recent_asks, *self.world.switches):
             lease = self.world.leases.get(call.task)
-            # An answer that waits for its engine to be verified hears nothing until then.
+            # An answer that waits for its engine to be verified notices nothing until then.
             is_gated = lease is not None and lease.gate is not None
             gone = not (call.left and call.is_open) or is_gated
             self.expect(gone, f"{call} goes on, and its client has left")
@@ -970,14 +971,14 @@ class DisconnectFrees(Invariant):
 
 
 def test_I17_disconnect_frees() -> None:
-    """Nothing of a request is left once its client is gone, wherever it stood."""
+    """Nothing of a request is left once its client is gone, whatever state it was in."""
     walk(DisconnectFrees)
 
 
 # --- I18 --------------------------------------------------------------------------------------
 
 Stop = tuple[str, str]
-"""A model that is switched to, and what comes of that."""
+"""A model that is switched to, and the expected result."""
 
 ROUTES = st.lists(
     st.tuples(st.sampled_from(ALIASES), st.sampled_from(["fine", "fails", "dies"])), max_size=6
@@ -985,7 +986,7 @@ ROUTES = st.lists(
 
 
 def arrival(route: list[Stop], last: str) -> dict[str, Any]:
-    """What can be told of a server with room for one model, however it came to its last one."""
+    """Return what can be observed on a server with room for one model, whatever its history."""
     world = World(Shape(models_that_fit=1))
     try:
         for alias, what in [*route, (last, "fine")]:
@@ -1016,7 +1017,7 @@ def arrival(route: list[Stop], last: str) -> dict[str, Any]:
 @settings(WALKS)
 @given(route=ROUTES, last=st.sampled_from(ALIASES))
 def test_I18_path_independence(route: list[Stop], last: str) -> None:
-    """Whichever way led to a model, by detours and failures: it is the same server then."""
+    """The state after a switch is the same whatever came before, detours and failures included."""
     assert arrival([], last) == arrival(route, last)
 
 
@@ -1099,13 +1100,13 @@ class MetricsTruth(Invariant):
         self.expect(restarts == done, f"{restarts} restarts were counted, of {done}")
 
     def _check_ask(self, ask: Ask) -> None:
-        """How the end of a request was counted with what its client saw."""
+        """Compare how the end of a request was counted with what its client saw."""
         ended = [event.result for event in self.world.released[ask.task]]
         if ask.outcome == "answered" and ask.has_always_read:
             self.expect(ended == ["served"], f"{ask} was counted as {ended}")
         elif ask.outcome == "failed":
             self.expect(ended in ([], ["cut"]), f"{ask} was counted as {ended}")
-        else:  # who reads late may find a whole answer, and have been cut meanwhile
+        else:  # a late reader may find a whole answer although its request was aborted
             self.expect(len(ended) <= 1, f"{ask} was counted as {ended}")
 
     def _compare(
@@ -1115,7 +1116,7 @@ class MetricsTruth(Invariant):
         self.expect(told == dict(seen), f"{name}: {told}, seen were {dict(seen)}")
 
     def _samples(self) -> dict[tuple[str, ...], float]:
-        """By name and labels."""
+        """Return the values by name and labels."""
         registry = self.world.app.metrics.registry.restricted_registry(SAMPLES)
         return {
             (sample.name, *sample.labels.values()): sample.value
@@ -1125,15 +1126,15 @@ class MetricsTruth(Invariant):
 
 
 def test_I19_metrics_truth() -> None:
-    """Counters never fall, gauges are the state, and sums are the clients' own."""
+    """Counters never fall, gauges show the state, and sums match those of the clients."""
     walk(MetricsTruth)
 
 
-# --- wakes before somebody asks -----------------------------------------------------------------
+# --- wakes before a request ---------------------------------------------------------------------
 
 
 class WakesBeside(Invariant):
-    """A wake that nobody has asked for is in nobody's way, and is nowhere but in the books."""
+    """A wake ahead of any request blocks nothing, and is visible only in statistics."""
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -1176,7 +1177,7 @@ class WakesBeside(Invariant):
 
 
 class WakingWalk(Walk):
-    """On a device where models wake in slices."""
+    """Walk on a device where models wake in slices."""
 
     @initialize(
         shape=st.sampled_from([shape for shape in (*SHAPES, *AUTOMATIC) if shape.slices]),
@@ -1204,7 +1205,7 @@ class WakingWalk(Walk):
 
 
 def test_wakes_before_somebody_asks_are_in_nobodys_way() -> None:
-    """Slices one at a time, never while models are moved; nothing is left where they end."""
+    """Early wakes run one slice at a time, never while models move; nothing is left of them."""
     walk(WakesBeside, machine=WakingWalk, tries=16)
 
 
@@ -1212,7 +1213,7 @@ def test_wakes_before_somebody_asks_are_in_nobodys_way() -> None:
 
 
 class CleanStop(Invariant):
-    """Once the server has stopped nobody waits, nothing is left, and nothing begins any more."""
+    """After a stop no request waits, no resource is left, and nothing starts."""
 
     def at_end(self) -> None:
         if self.world.stopping is None:
@@ -1232,7 +1233,7 @@ class CleanStop(Invariant):
 
 
 class StopWalk(Walk):
-    """Ends with a stop, in the middle of whatever there is."""
+    """End with a stop, whatever is going on."""
 
     def teardown(self) -> None:
         if hasattr(self, "world") and self.ending is None:
@@ -1241,7 +1242,7 @@ class StopWalk(Walk):
 
 
 def test_I20_clean_stop() -> None:
-    """Stopped at any moment, the server answers everybody and ends in its time."""
+    """Stopped at any moment, the server answers every request and ends in its time."""
     walk(CleanStop, machine=StopWalk)
 
 
@@ -1259,7 +1260,7 @@ class NoGrowth(Invariant):
         background = self.world.background
         left = asyncio.all_tasks(self.world.loop) - set(background)
         left -= {model.waking.task for model in self.world.registry if model.waking}
-        # Asking for a sign of life has a task of its own.
+        # The check that the host is alive has a task of its own.
         names = [task.get_name() for task in left if not self.world.shape.is_watched]
         self.expect(not names, f"tasks are left: {names}")
         timers, most = self.world.loop.timers, len(background)
@@ -1271,14 +1272,14 @@ class NoGrowth(Invariant):
 
 
 def test_I10_no_growth() -> None:
-    """No lease, future, task or timer is left of anything; the budget is never exceeded."""
+    """No lease, future, task or timer is left over; the budget is never exceeded."""
     walk(NoGrowth)
 
 
 @settings(WALKS, max_examples=examples(4))
 @given(route=st.lists(st.sampled_from(ALIASES), min_size=2, max_size=4), fit=st.integers(1, 3))
 def test_I10_round_trips_leave_nothing_behind(route: list[str], fit: int) -> None:
-    """After some more rounds of switches and requests, as many objects are held as before."""
+    """After more rounds of switches and requests, as many objects are held as before."""
     world = World(Shape(models_that_fit=fit))
 
     def go_round() -> None:
@@ -1296,7 +1297,7 @@ def test_I10_round_trips_leave_nothing_behind(route: list[str], fit: int) -> Non
         return reachable(world.app, World, VirtualLoop)
 
     try:
-        for _ in range(12):  # until what is predicted does not change any more
+        for _ in range(12):  # until the predictions stop changing
             go_round()
         before = held()
         for _ in range(5):
@@ -1307,7 +1308,7 @@ def test_I10_round_trips_leave_nothing_behind(route: list[str], fit: int) -> Non
 
 
 def reachable(root: object, *but: type[Any]) -> int:
-    """How many objects of ours, and containers, can be reached without going through `but`."""
+    """Count objects of ours, and containers, that can be reached without going through `but`."""
     found: dict[int, object] = {}
     ahead = [root]
     while ahead:
@@ -1327,7 +1328,7 @@ ALL = tuple(Invariant.__subclasses__())
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_all_invariants_over_many_walks(first: int) -> None:
-    """All at once, on longer ways than those of hypothesis."""
+    """All invariants hold together, on longer walks than those of hypothesis."""
     for seed in range(first, first + 10):
         walk_at_random(seed, ALL, steps=40)
 
@@ -1335,6 +1336,6 @@ def test_all_invariants_over_many_walks(first: int) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("first", range(40, 440, 40))
 def test_all_invariants_over_very_many_walks(first: int) -> None:
-    """The same, on ten times as many ways."""
+    """All invariants hold together on ten times as many walks."""
     for seed in range(first, first + 40):
         walk_at_random(seed, ALL, steps=40)

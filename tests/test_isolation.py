@@ -1,4 +1,4 @@
-"""What keys may find out of each other's requests."""
+"""What keys can find out about each other's requests."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def salts(access: Access, sharing: Sharing | None, keys: set[str]) -> set[str]:
 def test_who_shares_the_prefix_cache(
     access: Access, sharing: Sharing | None, together: list[set[str]]
 ) -> None:
-    """Keys of one set, and nobody else."""
+    """Only keys of one set share the prefix cache."""
     found = [salts(access, sharing, keys) for keys in together]
 
     assert all(len(of_set) == 1 for of_set in found)
@@ -65,7 +65,7 @@ def test_the_cache_is_shared_where_there_are_no_keys() -> None:
 async def test_users_do_not_see_each_others_requests_where_that_is_for_admins(
     make_server: MakeServer, path: str
 ) -> None:
-    """Models and health are told to users as ever."""
+    """Where requests are visible to admins only, users still see models and health."""
     server = await make_server(access=USERS, isolation=IsolationConfig(observers="admins"))
 
     async def status(key: str, at: str) -> int:
@@ -74,7 +74,7 @@ async def test_users_do_not_see_each_others_requests_where_that_is_for_admins(
     assert 403 == await status("eve", path)
     assert 200 == await status("eve", "/v1/models")
     assert 200 == (await server.get("/health")).status_code
-    if path != "/admin/events":  # which has no end
+    if path != "/admin/events":  # has no end
         assert 200 == await status("root", path)
 
 

@@ -33,7 +33,7 @@ def held(*leases: JobLease) -> JobLeases:
 
 
 def test_nothing_is_held_without_a_lease() -> None:
-    """And every model may be asked for."""
+    """Without a lease no model is held, and any model may be requested."""
     table = JobLeases()
 
     table.refuse_other("llama", NOW_S)
@@ -41,7 +41,7 @@ def test_nothing_is_held_without_a_lease() -> None:
 
 
 def test_several_jobs_may_hold_one_model() -> None:
-    """It is held until the last one ends."""
+    """A model that several jobs hold is held until the last one ends."""
     table = held(JobLease("a", "llama", "ann", 10.0), JobLease("b", "llama", "bob", 30.0))
 
     assert ("llama", 130.0, 110.0) == (table.model, table.until_s, table.next_end_s)
@@ -52,7 +52,7 @@ def test_several_jobs_may_hold_one_model() -> None:
 
 
 def test_other_model_is_refused_by_who_holds_for_longest() -> None:
-    """The message names the owner, what is left, and the route that ends it."""
+    """The refusal names the longest lease's owner, the time left, and the route that ends it."""
     table = held(JobLease("a", "llama", "ann", 10.0), JobLease("b", "llama", "bob", 30.0))
 
     with pytest.raises(ModelLeased) as caught:
@@ -67,7 +67,7 @@ def test_other_model_is_refused_by_who_holds_for_longest() -> None:
 
 
 def test_lease_has_no_end_before_its_model_is_active() -> None:
-    """A load takes as long as it takes; the whole time of the lease is left then."""
+    """A lease starts when its model is active: after a load of any length, all its time is left."""
     table = JobLeases()
     table.add(JobLease("a", "llama", "ann", 10.0), NOW_S)
 
@@ -78,7 +78,7 @@ def test_lease_has_no_end_before_its_model_is_active() -> None:
 
 @pytest.mark.parametrize("call", ["renew", "remove", "find"])
 def test_lease_that_does_not_live_is_not_known(call: str) -> None:
-    """Whether it has ended or never was."""
+    """A lease that has ended is as unknown as one that never existed."""
     arguments: tuple[Any, ...] = (1.0, NOW_S) if call == "renew" else ()
 
     with pytest.raises(UnknownLease, match="'gone'"):
@@ -98,7 +98,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_leases_that_live_are_for_one_model(steps: list[tuple[str, str, str, float]]) -> None:
-    """Whatever happens in whatever order; and none outlives its time."""
+    """Live leases are all for one model, in any order of calls, and none outlives its time."""
     table, now_s = JobLeases(), NOW_S
     for step, lease_id, model, ttl_s in steps:
         now_s += 1.0
@@ -129,7 +129,7 @@ async def hold(server: Server, model: str, ttl: float = 60.0, **more: Any) -> ht
 
 
 async def test_lease_is_answered_when_its_model_is_active(server: Server) -> None:
-    """With its id, and how long it lasts; everybody can see it."""
+    """A lease is answered when its model is active, with its id and time; every caller sees it."""
     answer = (await hold(server, "qwen", note="nightly")).json()
 
     assert "qwen" == server.coordinator.active
@@ -144,7 +144,7 @@ async def test_lease_is_answered_when_its_model_is_active(server: Server) -> Non
 
 
 async def test_held_model_is_not_switched_away_from(server: Server) -> None:
-    """Until the lease is revoked; a switch to the held model itself is none."""
+    """A held model is not switched away from until its lease is revoked; a switch to it is fine."""
     lease = (await hold(server, "llama")).json()
 
     refused = await server.switch("qwen")
@@ -159,7 +159,7 @@ async def test_held_model_is_not_switched_away_from(server: Server) -> None:
 
 
 async def test_lease_for_another_model_is_refused_while_one_lives(server: Server) -> None:
-    """Several for the same model are fine."""
+    """While a lease lives, one for another model is refused; more for the same model are fine."""
     await hold(server, "llama")
 
     assert 409 == (await hold(server, "qwen")).status_code
@@ -168,7 +168,7 @@ async def test_lease_for_another_model_is_refused_while_one_lives(server: Server
 
 
 async def test_lease_whose_model_cannot_be_made_active_is_none(server: Server) -> None:
-    """Its caller is told why, and nothing is held."""
+    """If its model cannot be made active there is no lease, and the caller gets the reason."""
     server.host.fail_next("activate", "qwen")
 
     answer = await hold(server, "qwen")
@@ -179,7 +179,7 @@ async def test_lease_whose_model_cannot_be_made_active_is_none(server: Server) -
 
 
 async def test_model_is_held_from_the_moment_in_which_it_is_asked_for(server: Server) -> None:
-    """Nobody gets in between the end of the switch and the answer."""
+    """The model is held from the call on: no switch fits between its switch and the answer."""
     server.host.hold("activate", "qwen")
     asked = asyncio.create_task(hold(server, "qwen"))
     await server.settled()
@@ -194,7 +194,7 @@ async def test_model_is_held_from_the_moment_in_which_it_is_asked_for(server: Se
 
 
 async def test_lease_that_is_revoked_before_its_model_is_active_is_over(server: Server) -> None:
-    """Whoever asked for it learns that; the switch goes on."""
+    """A lease revoked before its model is active gives its caller an error; the switch goes on."""
     server.host.hold("activate", "qwen")
     asked = asyncio.create_task(hold(server, "qwen"))
     await server.settled()
@@ -209,7 +209,7 @@ async def test_lease_that_is_revoked_before_its_model_is_active_is_over(server: 
 
 
 def test_lease_expires(play: Play) -> None:
-    """By itself, unless it is renewed; every change is an event."""
+    """A lease expires by itself unless it is renewed; every change is an event."""
 
     async def story(server: Server) -> None:
         lease = (await hold(server, "llama", ttl=60)).json()
@@ -232,7 +232,7 @@ def test_lease_expires(play: Play) -> None:
 
 
 def test_lease_outlives_the_engine_host(play: Play) -> None:
-    """Its model is brought back, and held."""
+    """After the engine host dies, the held model is brought back and still held."""
 
     async def story(server: Server) -> None:
         await hold(server, "qwen")
@@ -247,7 +247,7 @@ def test_lease_outlives_the_engine_host(play: Play) -> None:
 
 
 def test_lease_may_not_last_longer_than_the_setting_says(play: Play) -> None:
-    """Neither at first nor when it is renewed."""
+    """No lease lasts longer than the setting allows, neither at first nor when it is renewed."""
 
     async def story(server: Server) -> None:
         refused = await hold(server, "llama", ttl=11)
@@ -275,7 +275,7 @@ def test_lease_may_not_last_longer_than_the_setting_says(play: Play) -> None:
 async def test_lease_that_is_asked_for_wrongly_is_refused(
     server: Server, body: dict[str, object], param: str
 ) -> None:
-    """400 names the field; nothing is held."""
+    """A malformed request for a lease gets 400 that names the field, and holds nothing."""
     answer = await server.post("/admin/leases", json=body)
 
     assert (400, param) == (answer.status_code, answer.json()["error"]["param"])
@@ -283,12 +283,12 @@ async def test_lease_that_is_asked_for_wrongly_is_refused(
 
 
 async def test_unknown_model_cannot_be_held(server: Server) -> None:
-    """404, as with a switch."""
+    """A lease for an unknown model gets 404, as a switch does."""
     assert "model_not_found" == (await hold(server, "gpt")).json()["error"]["code"]
 
 
 async def test_users_see_leases_and_admins_make_them(make_server: MakeServer) -> None:
-    """A user's key reads; it neither holds nor ends."""
+    """A user's key can read leases, but can neither make nor end one."""
     server = await make_server(access=Access(user_keys=("user",), admin_keys=("admin",)))
     user = {"authorization": "Bearer user"}
 
@@ -304,7 +304,7 @@ def ended(server: Server) -> list[str]:
 
 
 def test_requests_for_other_models_wait_until_the_lease_is_over(play: Play) -> None:
-    """However long they are due; those for the held model are served meanwhile."""
+    """Overdue requests for other models wait for the lease; those for the held model are served."""
 
     async def story(server: Server) -> None:
         await hold(server, "llama", ttl=100)
@@ -322,7 +322,7 @@ def test_requests_for_other_models_wait_until_the_lease_is_over(play: Play) -> N
 
 
 async def test_revoked_lease_lets_requests_go_on(make_server: MakeServer) -> None:
-    """At once."""
+    """Revoking a lease lets waiting requests continue at once."""
     server = await make_server(mode="auto")
     lease = (await hold(server, "llama")).json()
     waiting = server.ask("qwen")
@@ -335,7 +335,7 @@ async def test_revoked_lease_lets_requests_go_on(make_server: MakeServer) -> Non
 
 
 async def test_lease_waits_for_a_switch_that_requests_have_caused(make_server: MakeServer) -> None:
-    """And is served next, before whoever else waits."""
+    """A lease waits for a switch that requests caused, then comes before all other waiters."""
     server = await make_server(mode="auto")
     server.host.hold("activate", "qwen")
     first = server.ask("qwen")
@@ -353,7 +353,7 @@ async def test_lease_waits_for_a_switch_that_requests_have_caused(make_server: M
 
 
 def test_held_model_is_brought_back_before_anybody_else_is_served(play: Play) -> None:
-    """Also if that fails at first: the server does not turn to others meanwhile."""
+    """After a crash the held model comes back first, even if the first attempt fails."""
 
     async def story(server: Server) -> None:
         await hold(server, "llama", ttl=1000)
@@ -373,7 +373,7 @@ def test_held_model_is_brought_back_before_anybody_else_is_served(play: Play) ->
 
 
 async def test_lease_that_is_pending_holds_from_its_first_moment(make_server: MakeServer) -> None:
-    """Requests for others that are due do not have the model switched away when it is active."""
+    """A pending lease holds its model once active: overdue requests for others cannot move it."""
     server = await make_server(mode="auto", max_wait=0.0)
     server.host.hold("activate", "qwen")
     asked = asyncio.create_task(hold(server, "qwen"))

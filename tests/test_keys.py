@@ -1,4 +1,4 @@
-"""Where keys come from, and that none of them is ever shown."""
+"""Where keys come from, and that no key is ever shown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def key_file(folder: Path, content: str | bytes, mode: int = 0o600) -> Path:
 
 
 def test_keys_are_known_and_nothing_else_is() -> None:
-    """Neither a part of one, nor more than one, nor nothing."""
+    """Only the whole key is accepted: not a part of it, not more, not an empty one."""
     known = Keys.of(["one", "two"], "--api-key")
 
     assert [True, True] == [known.know(key) for key in (b"one", b"two")]
@@ -32,7 +32,7 @@ def test_keys_are_known_and_nothing_else_is() -> None:
 
 
 def test_every_key_is_compared_even_when_one_has_matched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the time tells nothing of where the match is."""
+    """All keys are compared even after a match, so timing reveals nothing about the match."""
     compared: list[bytes] = []
 
     def compare(a: bytes, b: bytes) -> bool:
@@ -46,7 +46,7 @@ def test_every_key_is_compared_even_when_one_has_matched(monkeypatch: pytest.Mon
 
 
 def test_keys_are_not_kept() -> None:
-    """What is not held cannot be shown by a repr, a traceback or a debugger's dump."""
+    """Keys are not stored, so no repr, traceback or debugger dump can show them."""
     source = KeySource(Keys.of([SECRET], "--api-key"))
 
     assert SECRET not in f"{source!r} {source.given!r} {source.given._keys!r}"
@@ -62,19 +62,19 @@ def test_keys_are_not_kept() -> None:
     ],
 )
 def test_variable_holds_several_keys(text: str, expected: list[str]) -> None:
-    """Separated by commas or white space."""
+    """A variable can hold several keys, separated by commas or white space."""
     assert expected == split_keys(text)
 
 
 def test_file_holds_one_key_a_line() -> None:
-    """With comments, which a key that has the sign inside is not cut by."""
+    """A key file has one key per line, and comments; a comment sign inside a key stays in it."""
     text = "# of the team\none  # until May\r\n\n\t two\t\nthree#3\n#four"
 
     assert ["one", "two", "three#3"] == [key for key, _ in parse_key_file(text) if key]
 
 
 def test_comment_behind_a_key_is_its_name(tmp_path: Path) -> None:
-    """Without what a terminal would not show; the line is its place."""
+    """A comment after a key is its name, without unprintable characters; its line is its place."""
     path = key_file(tmp_path, "# keys\none # ann's \x1b[1mlaptop \ntwo#2\t#" + "x" * 200)
 
     keys = read_key_file(path)
@@ -89,7 +89,7 @@ def test_comment_behind_a_key_is_its_name(tmp_path: Path) -> None:
 
 
 def test_keys_of_files_add_up_to_those_that_were_given(tmp_path: Path) -> None:
-    """And are those that the file has now."""
+    """Keys of files add to the given ones, and follow the current content of the files."""
     path = key_file(tmp_path, "two\nthree\n")
     source = KeySource(Keys.of(["one"], "--api-key"), [path])
     before = source.read()
@@ -106,7 +106,7 @@ def test_keys_of_files_add_up_to_those_that_were_given(tmp_path: Path) -> None:
 def test_file_that_others_may_use_is_refused_with_the_command_to_run(
     tmp_path: Path, mode: int
 ) -> None:
-    """Whether they may read it or write it. The command works as it is printed."""
+    """A key file that others can read or write is refused, with a command that works as printed."""
     folder = tmp_path / "Ann's files"
     folder.mkdir()
     path = key_file(folder, SECRET, mode)
@@ -120,7 +120,7 @@ def test_file_that_others_may_use_is_refused_with_the_command_to_run(
 
 @pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o660])
 def test_file_of_the_owner_and_its_group_is_read(tmp_path: Path, mode: int) -> None:
-    """The group is the operator's choice."""
+    """A key file readable by its owner's group is accepted: the group is the operator's choice."""
     assert 1 == len(read_key_file(key_file(tmp_path, SECRET, mode)))
 
 
@@ -138,7 +138,7 @@ def test_file_of_the_owner_and_its_group_is_read(tmp_path: Path, mode: int) -> N
 def test_file_that_cannot_be_used_is_named_and_not_quoted(
     tmp_path: Path, content: str | bytes, expected: str
 ) -> None:
-    """An empty one above all: it would ask nobody for a key."""
+    """An unusable key file is named but not quoted; an empty one would require no key at all."""
     path = key_file(tmp_path, content)
 
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -149,13 +149,13 @@ def test_file_that_cannot_be_used_is_named_and_not_quoted(
 
 
 def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    """With the reason."""
+    """A missing key file is named, with the reason."""
     with pytest.raises(ConfigError, match=r"missing' cannot be read: No such file or directory"):
         read_key_file(tmp_path / "missing")
 
 
 def test_folder_or_pipe_is_no_key_file(tmp_path: Path) -> None:
-    """A pipe could not be read again, and would be waited for."""
+    """A folder or pipe is refused as a key file: a pipe would block, and cannot be read again."""
     os.mkfifo(tmp_path / "pipe", 0o600)
     tmp_path.chmod(0o700)
 
@@ -166,7 +166,7 @@ def test_folder_or_pipe_is_no_key_file(tmp_path: Path) -> None:
 
 
 def test_key_that_no_header_can_carry_is_refused_without_showing_it() -> None:
-    """Wherever it was given."""
+    """A key that no header can carry is refused without showing it, wherever it was given."""
     with pytest.raises(ConfigError, match=r"^--admin-key: a key may only") as caught:
         Keys.of([f"{SECRET} x"], "--admin-key")
 

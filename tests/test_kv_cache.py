@@ -1,4 +1,4 @@
-"""What a model's configuration says of its layers' caches, before vLLM is asked for sizes."""
+"""What a model's configuration says about its layers' caches, before vLLM is asked for sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HALF = SimpleNamespace(itemsize=2)
 
 
 def config(layers: int = 4, *, window: int | None = None, **more: Any) -> Any:
-    """A stand-in for vLLM's configuration of a model, with what is looked at."""
+    """Return a stand-in for vLLM's configuration of a model, with what is looked at."""
     text = SimpleNamespace(**more.pop("text", {}))
     draft = more.pop("draft", None)
     first, end = more.pop("rank", (0, layers))
@@ -48,11 +48,11 @@ def config(layers: int = 4, *, window: int | None = None, **more: Any) -> Any:
 
 
 TOKENS = (100 + 2 * 128) * (3 + 1)
-"""Of all sequences, with two blocks for each, and for the block that vLLM keeps."""
+"""Bytes for all sequences: two blocks for each, and the block that vLLM keeps."""
 
 
 def drafted(layers: int = 1, **more: Any) -> Any:
-    """A model with a draft model that is described by `more`."""
+    """Return a model with a draft model that is described by `more`."""
     draft = config(layers, **more).model_config
     speculative = SimpleNamespace(draft_model_config=draft, draft_parallel_config=None)
     return config(draft=speculative)
@@ -81,7 +81,7 @@ MIXED = ["sliding_attention", "full_attention"] * 2
     ],
 )
 def test_every_kind_of_layer_is_known_by_its_name(given: Any, kinds: list[str]) -> None:
-    """Only those of the first rank, and those that have a cache of their own."""
+    """Every kind of layer is recognised by name; only the first rank's with a cache count."""
     assert kinds == kv_cache._kinds(given)
     assert kv_cache._is_known(given, kinds)
 
@@ -98,7 +98,7 @@ def test_every_kind_of_layer_is_known_by_its_name(given: Any, kinds: list[str]) 
     ],
 )
 def test_what_the_configuration_leaves_open_is_no_lower_bound(given: Any) -> None:
-    """The load tells; until then nothing is refused for it."""
+    """What the configuration leaves open is not a lower bound: only the load tells."""
     assert not kv_cache._is_known(given, kv_cache._kinds(given))
 
 
@@ -111,7 +111,7 @@ def test_layers_of_a_hybrid_that_are_all_called_the_same_are_both() -> None:
 
 
 def test_a_draft_models_layers_count() -> None:
-    """They have a cache beside the model's."""
+    """A draft model's layers count: they have a cache beside the model's."""
     model, draft = kv_cache._models(drafted(layers=2, text={"layer_types": MIXED[:2]}))
 
     assert [FULL] * 4 == kv_cache._kinds(model)
@@ -119,7 +119,7 @@ def test_a_draft_models_layers_count() -> None:
 
 
 def test_a_draft_models_layers_are_as_wide_as_they_are() -> None:
-    """The bound is that of the model, and that of the draft model by its own heads and type."""
+    """The bound is the model's, plus the draft model's by its own heads and type."""
     sizes = {"get_num_kv_heads": lambda _: 4, "get_head_size": lambda: 64}
     wide = {**sizes, "dtype": SimpleNamespace(itemsize=4)}
     given = drafted(layers=1, **wide)
@@ -130,7 +130,7 @@ def test_a_draft_models_layers_are_as_wide_as_they_are() -> None:
 
 
 def test_a_draft_model_that_holds_something_else_has_no_bound() -> None:
-    """Neither has what holds both."""
+    """A draft model with another kind of cache has no bound, and nor has one with both kinds."""
     assert sys.maxsize == kv_cache._most_by_sizes(drafted(use_mla=True))
 
 
@@ -140,7 +140,7 @@ def asking(blocks: int | None, size: int | None) -> Any:
 
 
 def test_a_number_of_blocks_counts_more_than_bytes() -> None:
-    """As it does for vLLM. What has no blocks, or none of a known size, is given bytes."""
+    """Block counts win over bytes, as in vLLM; without blocks of a known size, bytes are given."""
     limit = kv_cache.KVLimits(least=200, most=1000, block=100)
 
     assert 300 == kv_cache.given_bytes(asking(3, 500), limit)
@@ -152,7 +152,7 @@ def test_a_number_of_blocks_counts_more_than_bytes() -> None:
 
 @pytest.mark.parametrize("attn_type", ["encoder_only", "encoder"])
 def test_encoders_need_no_kv_memory(attn_type: str) -> None:
-    """Nor do models without attention that keep no state."""
+    """Encoders need no KV memory, nor do models without attention that keep no state."""
     assert not kv_cache.needs_kv(config(attn_type=attn_type))
     assert not kv_cache.needs_kv(config(is_attention_free=True))
     assert kv_cache.needs_kv(config())
@@ -169,7 +169,7 @@ def test_where_vllm_cannot_be_asked_keys_and_values_are_the_bound() -> None:
     ("given", "kinds"), [(config(use_mla=True), [FULL] * 4), (config(), [STATE, FULL])]
 )
 def test_nothing_is_a_bound_for_what_holds_something_else(given: Any, kinds: list[str]) -> None:
-    """The load bounds it."""
+    """Models that hold anything else have no lower bound; the load bounds them."""
     assert sys.maxsize == kv_cache._most_of_full_attention(given, kinds)
 
 
@@ -184,6 +184,6 @@ class SpecOf29(SpecOf26):
 
 
 def test_checkpoint_blocks_are_counted_where_vllm_knows_them() -> None:
-    """vLLM 0.26 refuses the argument."""
+    """Checkpoint blocks are counted only where vLLM knows the argument; vLLM 0.26 refuses it."""
     assert {} == kv_cache._checkpoint_blocks(SpecOf26)
     assert {"num_prefill_checkpoint_blocks": 1} == kv_cache._checkpoint_blocks(SpecOf29)

@@ -1,4 +1,4 @@
-"""Models under a memory budget: who is moved, what is refused, and what comes back."""
+"""Models under a memory budget: which move, what is refused, and what comes back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MIB = 1 << 20
 ALIASES = ("llama", "qwen", "mistral")
 SIZE = FakeSettings(weights_bytes=2 * MIB, kv_bytes=2 * MIB)
 ONE_AND_A_HALF = Usage(6 * MIB, 100 * MIB)
-"""One model loaded, and the weights of another one."""
+"""One loaded model, and the weights of another one."""
 
 
 def sized(**others: Any) -> dict[str, FakeSettings]:
@@ -41,7 +41,7 @@ async def tight(make_server: MakeServer) -> Server:
 
 @contextmanager
 def request_of(server: Server, alias: str) -> Iterator[None]:
-    """A request that goes on although its model is not active."""
+    """Send a request that continues although its model is not active."""
     leases = server.coordinator.registry.resolve(alias).leases
     leases[Lease(alias, 1, None)] = None
     yield
@@ -57,7 +57,7 @@ async def code(call: asyncio.Task[httpx.Response]) -> tuple[int, str]:
 
 
 async def test_source_sleeps_where_there_is_no_room_for_two(tight: Server) -> None:
-    """Its weights stay, the target is loaded, and on the way back it is only woken."""
+    """Without room for two, the source sleeps with its weights; the way back is only a wake."""
     assert 200 == (await tight.switch("qwen")).status_code
     assert {"llama": "asleep", "qwen": "active", "mistral": "cold"} == tight.residencies
 
@@ -70,7 +70,7 @@ async def test_source_sleeps_where_there_is_no_room_for_two(tight: Server) -> No
 
 
 async def test_third_model_takes_the_weights_of_the_one_that_was_used_last(tight: Server) -> None:
-    """The least recently used goes furthest down."""
+    """A third model evicts the least recently used one furthest down."""
     await tight.switch("qwen")
     await tight.switch("mistral")
 
@@ -82,7 +82,7 @@ async def test_third_model_takes_the_weights_of_the_one_that_was_used_last(tight
 async def test_model_goes_where_its_device_can_take_it(
     make_server: MakeServer, levels: set[int], where: str
 ) -> None:
-    """Levels that the device does not know are left out; unloading is always possible."""
+    """Levels that the device does not support are skipped; unloading is always possible."""
     size = FakeSettings(weights_bytes=3 * MIB, kv_bytes=MIB, levels=frozenset(levels))
     server = await make_server(load=("llama",), settings=sized(llama=size), budget=ONE_AND_A_HALF)
 
@@ -92,7 +92,7 @@ async def test_model_goes_where_its_device_can_take_it(
 
 
 async def test_source_gives_nothing_up_before_the_target_is_validated(tight: Server) -> None:
-    """A switch that cannot work leaves everything where it is."""
+    """A switch that cannot work fails before the source gives anything up."""
     tight.host.engines["qwen"].missing_files = True
 
     assert (503, "switch_failed") == await code(tight.switch("qwen"))
@@ -102,7 +102,7 @@ async def test_source_gives_nothing_up_before_the_target_is_validated(tight: Ser
 
 
 async def test_source_gives_nothing_up_while_it_is_drained(tight: Server) -> None:
-    """It is put to sleep only after its last request."""
+    """The source is put to sleep only after its last request."""
     stream = await tight.start_stream("llama")
     switch = tight.switch("qwen")
     await tight.settled()
@@ -117,7 +117,7 @@ async def test_source_gives_nothing_up_while_it_is_drained(tight: Server) -> Non
 async def test_switch_that_can_never_have_room_is_refused_before_the_drain(
     make_server: MakeServer,
 ) -> None:
-    """A pinned source keeps its memory; its requests do not notice that a switch was tried."""
+    """A switch that can never have room is refused before the drain; the source is undisturbed."""
     server = await make_server(load=("llama",), settings=sized(), budget=ONE_AND_A_HALF)
     await server.operate("llama", "pin")
     stream = await server.start_stream("llama")
@@ -132,7 +132,7 @@ async def test_switch_that_can_never_have_room_is_refused_before_the_drain(
 
 
 async def test_requests_for_a_target_that_is_loaded_are_answered(tight: Server) -> None:
-    """They are held while the source is put to sleep and the target is loaded."""
+    """Requests for the target wait for the source's sleep and the load, and are then answered."""
     tight.host.hold("sleep", "llama")
     tight.host.hold("load", "qwen")
     switch = tight.switch("qwen")
@@ -151,7 +151,7 @@ async def test_requests_for_a_target_that_is_loaded_are_answered(tight: Server) 
 
 
 async def test_switch_to_a_cold_model_reads_ahead_while_it_drains(tight: Server) -> None:
-    """The time of the drain is used; a model that is only asleep needs no reading."""
+    """While the source drains, a cold target's files are read ahead; a sleeping one needs none."""
     stream = await tight.start_stream("llama")
     switch = tight.switch("qwen")
     await tight.settled()
@@ -166,7 +166,7 @@ async def test_switch_to_a_cold_model_reads_ahead_while_it_drains(tight: Server)
 
 
 async def test_load_of_a_switch_reads_on_where_the_prefetch_was(tight: Server) -> None:
-    """Once the target is loaded nobody reads its files twice; whoever waited is answered."""
+    """The load continues the prefetch and reads no file twice; its callers are answered."""
     tight.host.hold("prefetch", "qwen")
     stream = await tight.start_stream("llama")
     switch = tight.switch("qwen")
@@ -181,14 +181,14 @@ async def test_load_of_a_switch_reads_on_where_the_prefetch_was(tight: Server) -
 
 
 async def test_switch_survives_files_that_cannot_be_read_ahead(tight: Server) -> None:
-    """What cannot be read is the load's to report."""
+    """A switch survives files that cannot be read ahead; the load reports them."""
     tight.host.fail_next("prefetch", "qwen")
 
     assert 200 == (await tight.switch("qwen")).status_code
 
 
 async def test_phases_tell_of_making_room(tight: Server) -> None:
-    """The phase has its time, and whoever moved is told of with the time that it took."""
+    """Making room is a timed phase, and each moved model is reported with the time it took."""
     body = (await tight.switch("qwen")).json()
 
     assert ["make_room"] * 2 == [
@@ -213,7 +213,7 @@ async def test_phases_tell_of_making_room(tight: Server) -> None:
 async def test_source_that_was_moved_comes_back_if_the_target_fails(
     make_server: MakeServer, budget: int, where: str, back: str
 ) -> None:
-    """It is brought up again and serves; the caller gets the cause; the next attempt works."""
+    """If the target fails, the source serves again, the caller gets the cause; a retry works."""
     server = await make_server(load=("llama",), settings=sized(), budget=Usage(budget * MIB))
     server.host.hold("load", "qwen")
     server.host.fail_next("load", "qwen", HotswapError("out of memory"))
@@ -237,7 +237,7 @@ async def test_source_that_was_moved_comes_back_if_the_target_fails(
 async def test_source_that_was_unloaded_is_loaded_again_if_the_target_fails(
     make_server: MakeServer,
 ) -> None:
-    """Where its device knows no sleep, the way back is a load."""
+    """Without sleep on its device, the source is loaded again if the target fails."""
     never = FakeSettings(weights_bytes=2 * MIB, kv_bytes=2 * MIB, levels=frozenset())
     server = await make_server(load=("llama",), settings=sized(llama=never), budget=ONE_AND_A_HALF)
     server.host.fail_next("load", "qwen")
@@ -249,7 +249,7 @@ async def test_source_that_was_unloaded_is_loaded_again_if_the_target_fails(
 
 
 async def test_target_that_cannot_be_activated_makes_room_for_the_source(tight: Server) -> None:
-    """It is loaded already and goes down again, because both have no room."""
+    """A loaded target that cannot be activated moves down again, because both have no room."""
     tight.host.fail_next("activate", "qwen")
 
     assert (503, "switch_failed") == await code(tight.switch("qwen"))
@@ -259,7 +259,7 @@ async def test_target_that_cannot_be_activated_makes_room_for_the_source(tight: 
 
 
 async def test_source_that_cannot_be_put_to_sleep_serves_on(tight: Server) -> None:
-    """The switch fails in the phase that made room."""
+    """If the source cannot be put to sleep, it stays active; the switch fails in that phase."""
     tight.host.fail_next("sleep", "llama", HotswapError("worker is stuck"))
 
     message = (await tight.switch("qwen")).json()["error"]["message"]
@@ -272,7 +272,7 @@ async def test_source_that_cannot_be_put_to_sleep_serves_on(tight: Server) -> No
 async def test_source_that_cannot_come_back_leaves_no_model_active(
     tight: Server, fails: str
 ) -> None:
-    """Recovery brings it back, and the next switches work."""
+    """If the source cannot come back, no model is active until recovery; later switches work."""
     tight.host.fail_next("load", "qwen")
     tight.host.fail_next(fails, "llama")
 
@@ -286,7 +286,7 @@ async def test_source_that_cannot_come_back_leaves_no_model_active(
 
 
 async def test_target_that_cannot_be_woken_is_cold_and_can_be_loaded(tight: Server) -> None:
-    """The source is still active meanwhile."""
+    """A target that cannot be woken is cold and can be loaded; the source stays active."""
     await tight.switch("qwen")
     tight.host.fail_next("wake", "llama")
 
@@ -297,7 +297,7 @@ async def test_target_that_cannot_be_woken_is_cold_and_can_be_loaded(tight: Serv
 
 
 async def test_model_that_dies_while_it_is_put_to_sleep_ends_the_switch(tight: Server) -> None:
-    """It is loaded again, and the next switch works."""
+    """A model that dies while it is put to sleep fails the switch; the next one loads it again."""
     tight.host.hold("sleep", "llama")
     switch = tight.switch("qwen")
     await tight.settled()
@@ -315,7 +315,7 @@ async def test_model_that_dies_while_it_is_put_to_sleep_ends_the_switch(tight: S
 
 
 async def test_start_with_too_little_for_all_loads_in_turn(make_server: MakeServer) -> None:
-    """The default comes last and is active; whoever has no room any more sleeps."""
+    """With too little memory for all, models load in turn, the default last; others sleep."""
     server = Server(load=ALIASES, settings=sized(), budget=ONE_AND_A_HALF)
     await server.host.start()
     await server.coordinator.start(ALIASES, "llama")
@@ -329,7 +329,7 @@ async def test_start_with_too_little_for_all_loads_in_turn(make_server: MakeServ
 
 
 async def test_start_with_enough_for_all_loads_them_together(make_server: MakeServer) -> None:
-    """Nobody is moved down."""
+    """With memory for all, models load together and none moves down."""
     server = await make_server(load=ALIASES, settings=sized(), budget=Usage(12 * MIB))
 
     assert {"llama": "active", "qwen": "parked", "mistral": "parked"} == server.residencies
@@ -349,7 +349,7 @@ async def test_start_with_enough_for_all_loads_them_together(make_server: MakeSe
 async def test_configuration_that_can_never_fit_is_refused_at_the_start(
     budget: int, pinned: tuple[str, ...], message: str
 ) -> None:
-    """With the arithmetic, before anything is loaded; models that are loaded on demand count."""
+    """A configuration that can never fit is refused before loading, models on demand included."""
     policies = {alias: ModelPolicy(pinned=True) for alias in pinned}
     server = Server(
         load=("llama",), settings=sized(), budget=Usage(budget * MIB), policies=policies
@@ -367,7 +367,7 @@ async def test_configuration_that_can_never_fit_is_refused_at_the_start(
 
 
 async def test_load_brings_a_model_up_beside_the_active_one(server: Server) -> None:
-    """It is parked; a switch to it only moves the pointer."""
+    """A load brings a model up, parked beside the active one; a switch then moves the pointer."""
     body = (await server.operate("mistral", "load")).json()
 
     assert ("cold", "parked", True) == (body["before"], body["residency"], body["changed"])
@@ -378,7 +378,7 @@ async def test_load_brings_a_model_up_beside_the_active_one(server: Server) -> N
 
 
 async def test_load_moves_others_but_never_the_active_one(make_server: MakeServer) -> None:
-    """Whoever is only parked sleeps; the active model is still active, and its requests, too."""
+    """A load may put parked models to sleep; the active model and its requests are untouched."""
     server = await make_server(settings=sized(), budget=Usage(10 * MIB))
     stream = await server.start_stream("llama")
 
@@ -392,7 +392,7 @@ async def test_load_moves_others_but_never_the_active_one(make_server: MakeServe
 async def test_load_that_only_the_active_model_could_make_room_for_is_refused(
     tight: Server,
 ) -> None:
-    """409 with the arithmetic; a switch could do it."""
+    """A load that needs the active model's memory gets 409 with the arithmetic; a switch could."""
     response = await tight.operate("qwen", "load")
 
     error = response.json()["error"]
@@ -413,7 +413,7 @@ async def test_load_that_only_the_active_model_could_make_room_for_is_refused(
 async def test_operations_are_idempotent(
     server: Server, name: str, body: dict[str, Any], steps: list[str], residency: str
 ) -> None:
-    """Asked again, nothing is done, and the answer says so."""
+    """A repeated operation does nothing, and the response says so."""
     await server.operate("mistral", "load")
 
     first = (await server.operate("mistral", name, **body)).json()
@@ -425,7 +425,7 @@ async def test_operations_are_idempotent(
 
 
 async def test_wake_is_idempotent(server: Server) -> None:
-    """A model that is up already stays as it is, the active one included."""
+    """A wake leaves a model that is up as it is, the active one included."""
     await server.operate("qwen", "sleep")
 
     bodies = [(await server.operate("qwen", "wake")).json() for _ in range(2)]
@@ -443,7 +443,7 @@ async def test_sleeping_model_may_go_further_down_but_not_up_by_sleeping(server:
 
 
 async def test_wake_of_a_cold_model_is_refused(server: Server) -> None:
-    """There is nothing to wake, and the message says what to do."""
+    """A wake of a cold model is refused, and the message says what to do."""
     response = await server.operate("mistral", "wake")
 
     assert 400 == response.status_code
@@ -451,7 +451,7 @@ async def test_wake_of_a_cold_model_is_refused(server: Server) -> None:
 
 
 async def test_level_that_the_device_does_not_know_is_refused(make_server: MakeServer) -> None:
-    """The message names those that it knows."""
+    """A sleep level that the device does not support is refused, naming the supported ones."""
     one = FakeSettings(levels=frozenset([1]))
     none = FakeSettings(levels=frozenset())
     server = await make_server(load=ALIASES, settings={"qwen": one, "mistral": none})
@@ -468,7 +468,7 @@ async def test_level_that_the_device_does_not_know_is_refused(make_server: MakeS
 async def test_active_model_is_not_taken_down(
     server: Server, name: str, body: dict[str, Any]
 ) -> None:
-    """409, and the message says what to do first."""
+    """Taking the active model down gets 409, and the message says what to do first."""
     response = await server.operate("llama", name, **body)
 
     error = response.json()["error"]
@@ -481,7 +481,7 @@ async def test_active_model_is_not_taken_down(
 async def test_pinned_model_is_not_taken_down(
     server: Server, name: str, body: dict[str, Any]
 ) -> None:
-    """Until it is unpinned, as the message says."""
+    """A pinned model is not taken down until it is unpinned, as the message says."""
     await server.operate("qwen", "pin")
     response = await server.operate("qwen", name, **body)
 
@@ -495,7 +495,7 @@ async def test_pinned_model_is_not_taken_down(
 
 
 async def test_pin_is_told_of_once(server: Server) -> None:
-    """Pinning what is pinned changes nothing; a model may be pinned wherever it is."""
+    """A repeated pin changes nothing and makes no event; a model can be pinned anywhere."""
     for pinned in (True, True, False):
         await server.operate("mistral", "pin", pinned=pinned)
 
@@ -505,7 +505,7 @@ async def test_pin_is_told_of_once(server: Server) -> None:
 
 
 async def test_pinned_model_is_never_evicted(make_server: MakeServer) -> None:
-    """The others make room instead, although it was used least recently."""
+    """A pinned model is never evicted, although it was used least recently."""
     server = await make_server(
         load=("llama", "qwen"),
         settings=sized(),
@@ -521,7 +521,7 @@ async def test_pinned_model_is_never_evicted(make_server: MakeServer) -> None:
 async def test_target_that_is_pinned_meanwhile_leaves_its_memory_to_the_source(
     make_server: MakeServer,
 ) -> None:
-    """A switch that fails gives back what it has taken; a pin holds nothing that never served."""
+    """A target pinned during a failed switch gives its memory back; it never served."""
     server = await make_server(load=("llama",), settings=sized(), budget=Usage(4 * MIB))
     server.host.hold("load", "mistral")
     server.host.fail_next("activate", "mistral")
@@ -537,7 +537,7 @@ async def test_target_that_is_pinned_meanwhile_leaves_its_memory_to_the_source(
 
 
 async def test_requests_of_a_parked_model_keep_it_from_losing_its_weights(server: Server) -> None:
-    """It may sleep, because its requests survive that, but no more."""
+    """A parked model with requests may sleep, because they survive that, but keeps its weights."""
     with request_of(server, "qwen"):
         dropping = await code(server.operate("qwen", "sleep", level=2))
         unloading = await server.operate("qwen", "unload")
@@ -551,7 +551,7 @@ async def test_requests_of_a_parked_model_keep_it_from_losing_its_weights(server
 async def test_requests_of_a_parked_model_keep_it_from_being_unloaded_for_another(
     make_server: MakeServer,
 ) -> None:
-    """It sleeps, and somebody else goes further down, although that one was used later."""
+    """A parked model with requests only sleeps; a more recently used one goes further down."""
     server = await make_server(settings=sized(), budget=Usage(8 * MIB))
     assert {"llama": "active", "qwen": "parked", "mistral": "cold"} == server.residencies
 
@@ -562,7 +562,7 @@ async def test_requests_of_a_parked_model_keep_it_from_being_unloaded_for_anothe
 
 
 async def test_operation_that_fails_is_told_and_changes_nothing(server: Server) -> None:
-    """The model stays where it was, and the next attempt works."""
+    """A failed operation reports an error and leaves the model where it was; a retry works."""
     server.host.fail_next("sleep", "qwen", HotswapError("worker is stuck"))
 
     response = await server.operate("qwen", "sleep")
@@ -575,7 +575,7 @@ async def test_operation_that_fails_is_told_and_changes_nothing(server: Server) 
 
 
 async def test_shutdown_settles_a_switch_that_waits_for_its_turn(server: Server) -> None:
-    """Its caller and the requests that are held for its target are told."""
+    """A shutdown answers a switch that waits for its turn, and the requests held for its target."""
     server.host.hold("sleep", "qwen")
     server.operate("qwen", "sleep")
     await server.settled()
@@ -592,7 +592,7 @@ async def test_shutdown_settles_a_switch_that_waits_for_its_turn(server: Server)
 
 
 async def test_shutdown_settles_a_switch_on_its_way_back(server: Server) -> None:
-    """Even while the source is being brought back."""
+    """A shutdown answers a switch even while its source is being brought back."""
     server.host.fail_next("activate", "qwen")
     server.host.hold("activate", "llama")
     switch = server.switch("qwen")
@@ -608,7 +608,7 @@ async def test_shutdown_settles_a_switch_on_its_way_back(server: Server) -> None
 
 
 async def test_failed_model_is_planned_for_like_a_cold_one(server: Server) -> None:
-    """A switch to it loads it."""
+    """A switch to a failed model loads it, like a cold one."""
     server.host.kill_engine("qwen", "RuntimeError: boom")
 
     response = await server.get("/admin/plan", params={"model": "qwen"})
@@ -618,7 +618,7 @@ async def test_failed_model_is_planned_for_like_a_cold_one(server: Server) -> No
 
 
 async def test_dead_model_can_be_loaded_again(server: Server) -> None:
-    """Until then the status tells why it died."""
+    """A dead model can be loaded again; until then the status gives the cause of death."""
     server.host.kill_engine("qwen", "RuntimeError: boom")
     status = (await server.get("/admin/status")).json()["models"]["qwen"]
     assert ("failed", "RuntimeError: boom") == (status["residency"], status["failed"])
@@ -630,7 +630,7 @@ async def test_dead_model_can_be_loaded_again(server: Server) -> None:
 
 
 async def test_dead_host_takes_no_operation(server: Server) -> None:
-    """For any model."""
+    """While the host is dead, operations are refused for every model."""
     server.host.kill("the engine host was killed by signal 9")
 
     response = await server.operate("mistral", "load")
@@ -640,7 +640,7 @@ async def test_dead_host_takes_no_operation(server: Server) -> None:
 
 
 async def test_ladder_tells_its_state(server: Server) -> None:
-    """Logs and failing tests can be read."""
+    """The ladder's state is readable in logs and failing tests."""
     ladder = server.coordinator.ladder
     where = "{'llama': 'active', 'qwen': 'parked', 'mistral': 'cold'}"
     assert f"<Ladder {where} moving=False>" == repr(ladder)
@@ -653,7 +653,7 @@ async def test_ladder_tells_its_state(server: Server) -> None:
 
 
 async def test_operation_waits_for_the_switch_under_way(server: Server) -> None:
-    """Then it is refused, where the model has become the active one."""
+    """An operation waits for the switch under way; it is refused if its model is then active."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -671,7 +671,7 @@ async def test_operation_waits_for_the_switch_under_way(server: Server) -> None:
 async def test_load_that_waited_for_a_switch_keeps_the_model_that_is_active_then(
     make_server: MakeServer,
 ) -> None:
-    """Not the one that was active when it was asked for."""
+    """A load that waited for a switch keeps the model that is active after it, not before."""
     server = await make_server(settings=sized(), budget=Usage(10 * MIB))
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
@@ -688,7 +688,7 @@ async def test_load_that_waited_for_a_switch_keeps_the_model_that_is_active_then
 
 
 async def test_switch_waits_for_the_operation_under_way(server: Server) -> None:
-    """The source is still active meanwhile; then the target is brought up from wherever it is."""
+    """A switch waits for the operation under way, then starts from wherever the target is."""
     server.host.hold("sleep", "qwen")
     sleeping = server.operate("qwen", "sleep")
     await server.settled()
@@ -705,7 +705,7 @@ async def test_switch_waits_for_the_operation_under_way(server: Server) -> None:
 
 
 async def test_operations_are_made_one_after_the_other(server: Server) -> None:
-    """Memory is only counted between two moves."""
+    """Operations run one after the other: memory is only counted between two moves."""
     server.host.hold("sleep", "qwen")
     sleeping = server.operate("qwen", "sleep")
     await server.settled()
@@ -723,7 +723,7 @@ async def test_operations_are_made_one_after_the_other(server: Server) -> None:
 
 
 async def test_prefetch_says_how_much_it_read(server: Server) -> None:
-    """A model that is loaded or has its weights needs none."""
+    """A prefetch reports how much it read; a model that has its weights needs none."""
     cold = (await server.operate("mistral", "prefetch")).json()
     parked = (await server.operate("qwen", "prefetch")).json()
 
@@ -732,7 +732,7 @@ async def test_prefetch_says_how_much_it_read(server: Server) -> None:
 
 
 async def test_calls_for_a_prefetch_under_way_join_it(server: Server) -> None:
-    """The files are read once."""
+    """Calls for a prefetch under way join it, and the files are read once."""
     server.host.hold("prefetch", "mistral")
     calls = [server.operate("mistral", "prefetch") for _ in range(2)]
     await server.settled()
@@ -744,7 +744,7 @@ async def test_calls_for_a_prefetch_under_way_join_it(server: Server) -> None:
 
 
 async def test_prefetch_waits_for_nobody(server: Server) -> None:
-    """Reading files moves no model."""
+    """A prefetch waits for no other operation: reading files moves no model."""
     server.host.hold("sleep", "qwen")
     sleeping = server.operate("qwen", "sleep")
     await server.settled()
@@ -756,7 +756,7 @@ async def test_prefetch_waits_for_nobody(server: Server) -> None:
 
 
 async def test_prefetch_is_cancelled_on_request(server: Server) -> None:
-    """Whoever waits for it is answered: nothing is there; a later call begins again."""
+    """A cancelled prefetch answers its waiting callers; a later call starts a new one."""
     server.host.hold("prefetch", "mistral")
     call = server.operate("mistral", "prefetch")
     await server.settled()
@@ -770,12 +770,12 @@ async def test_prefetch_is_cancelled_on_request(server: Server) -> None:
 
 
 async def test_cancelling_no_prefetch_is_no_mistake(server: Server) -> None:
-    """There is nothing to cancel."""
+    """Cancelling where no prefetch runs is not an error."""
     assert 200 == (await server.operate("mistral", "prefetch", cancel=True)).status_code
 
 
 async def test_client_that_leaves_does_not_stop_a_prefetch(server: Server) -> None:
-    """Others may wait for it, and the load will."""
+    """A client that leaves does not stop a prefetch: other callers and the load may need it."""
     server.host.hold("prefetch", "mistral")
     leaving = asyncio.create_task(server.coordinator.prefetch("mistral"))
     await server.settled()
@@ -794,14 +794,14 @@ async def test_client_that_leaves_does_not_stop_a_prefetch(server: Server) -> No
 async def test_prefetch_is_bounded_by_the_host_budget(
     make_server: MakeServer, host_bytes: int, read: int
 ) -> None:
-    """No more is read than host memory may hold."""
+    """A prefetch reads no more than the host memory budget allows."""
     server = await make_server(budget=Usage(UNLIMITED.device, host_bytes))
 
     assert read == (await server.operate("mistral", "prefetch")).json()["prefetched_bytes"]
 
 
 async def test_weights_asleep_leave_less_to_prefetch(make_server: MakeServer) -> None:
-    """Where they are in host memory, both share its budget."""
+    """Weights asleep in host memory share its budget with a prefetch."""
     asleep = FakeSettings(offloads=True, weights_bytes=MIB)
     server = await make_server(
         settings={"qwen": asleep}, budget=Usage(UNLIMITED.device, MIB + MIB // 4)
@@ -814,7 +814,7 @@ async def test_weights_asleep_leave_less_to_prefetch(make_server: MakeServer) ->
 
 
 async def test_prefetch_that_fails_is_told(server: Server) -> None:
-    """With the cause."""
+    """A failed prefetch reports its cause."""
     server.host.fail_next("prefetch", "mistral", HotswapError("disk is gone"))
 
     response = await server.operate("mistral", "prefetch")
@@ -826,7 +826,7 @@ async def test_prefetch_that_fails_is_told(server: Server) -> None:
 
 
 class Clocked:
-    """A coordinator whose time is what the test says; a is active, b and c rest when idle."""
+    """A coordinator with a clock set by the test; a is active, b and c rest when idle."""
 
     def __init__(self, **policies: ModelPolicy) -> None:
         self.now = 1000.0
@@ -842,14 +842,14 @@ class Clocked:
         return self
 
     async def after(self, seconds: float) -> dict[str, str]:
-        """Where everyone is that much later, once idle models rest."""
+        """Return the residencies that much later, once idle models have been moved."""
         self.now += seconds
         await self.coordinator.rest_idle()
         return {model.alias: model.residency.value for model in self.coordinator.registry}
 
 
 async def test_idle_models_sleep_and_are_unloaded_in_time() -> None:
-    """Each by its own policy; one without a policy stays."""
+    """Idle models sleep and are unloaded by their own policies; one without a policy stays."""
     policy = ModelPolicy(idle_sleep_s=10, idle_unload_s=60)
     clocked = await Clocked(b=policy).start()
 
@@ -860,7 +860,7 @@ async def test_idle_models_sleep_and_are_unloaded_in_time() -> None:
 
 
 async def test_active_model_never_rests() -> None:
-    """However long nobody has used it; its time begins when it is left."""
+    """The active model never rests; its idle time starts when another model becomes active."""
     clocked = await Clocked(a=ModelPolicy(idle_unload_s=10)).start()
     assert "active" == (await clocked.after(999))["a"]
 
@@ -871,7 +871,7 @@ async def test_active_model_never_rests() -> None:
 
 
 async def test_time_begins_when_a_model_comes_up() -> None:
-    """Whoever loads or wakes it will use it soon."""
+    """The idle time of a model starts when it is loaded or woken."""
     policy = ModelPolicy(idle_sleep_s=10)
     clocked = await Clocked(b=policy).start("a")
     await clocked.after(500)
@@ -886,7 +886,7 @@ async def test_time_begins_when_a_model_comes_up() -> None:
 
 
 async def test_pinned_and_busy_models_do_not_rest() -> None:
-    """Neither sleeps nor is unloaded."""
+    """Pinned and busy models neither sleep nor are unloaded."""
     policy = ModelPolicy(idle_sleep_s=10, idle_unload_s=20)
     clocked = await Clocked(b=ModelPolicy(pinned=True, idle_sleep_s=10), c=policy).start()
     model = clocked.coordinator.registry.resolve("c")
@@ -899,7 +899,7 @@ async def test_pinned_and_busy_models_do_not_rest() -> None:
 
 
 async def test_model_whose_device_knows_no_sleep_is_only_unloaded() -> None:
-    """The time to sleep means nothing for it."""
+    """A model whose device cannot sleep is only unloaded; its time to sleep has no effect."""
     clocked = Clocked(b=ModelPolicy(idle_sleep_s=10, idle_unload_s=20))
     clocked.host.engines["b"].settings = FakeSettings(levels=frozenset())
     await clocked.start()
@@ -909,7 +909,7 @@ async def test_model_whose_device_knows_no_sleep_is_only_unloaded() -> None:
 
 
 async def test_model_that_is_used_while_its_rest_waits_stays_up() -> None:
-    """A rest that was due is not made once somebody has woken the model."""
+    """A due rest is not made if a request has woken the model in the meantime."""
     clocked = await Clocked(b=ModelPolicy(idle_unload_s=10)).start()
     await clocked.coordinator.sleep("b", 1)
     clocked.host.hold("wake", "b")
@@ -927,7 +927,7 @@ async def test_model_that_is_used_while_its_rest_waits_stays_up() -> None:
 async def test_idle_models_are_looked_at_until_the_server_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A model that cannot be put to sleep does not end that."""
+    """The idle check runs until the server ends, even if a model cannot be put to sleep."""
     monkeypatch.setattr("vllm_hotswap.coordinator.IDLE_CHECK_S", 0)
     clocked = await Clocked(b=ModelPolicy(idle_sleep_s=10)).start()
     clocked.now += 10
@@ -942,13 +942,13 @@ async def test_idle_models_are_looked_at_until_the_server_ends(
 
 
 async def test_nobody_is_looked_at_where_no_model_ever_rests() -> None:
-    """Without a policy there is nothing to do."""
+    """Without a policy for any model, there is no idle check."""
     clocked = await Clocked().start()
 
     await asyncio.wait_for(clocked.coordinator.rest_idle_models(), 1)
 
 
-# --- whatever is asked for ------------------------------------------------------------------
+# --- any sequence of operations -------------------------------------------------------------
 
 ALIAS = st.sampled_from(ALIASES)
 MOVES = st.one_of(
@@ -970,7 +970,7 @@ Action = tuple[str, str, dict[str, Any]]
 
 
 class Walk:
-    """Does what hypothesis says, and looks at the server after every step."""
+    """Run the steps that hypothesis chooses, and check the server after every step."""
 
     def __init__(self, budget: int, levels: list[frozenset[int]]) -> None:
         sizes = {
@@ -1008,7 +1008,7 @@ class Walk:
 
     @property
     def alive(self) -> dict[str, str]:
-        """Models that have not died: one does that cannot be stepped any more after a switch."""
+        """Return the models that are not dead: one that cannot be stepped after a switch dies."""
         return {a: where for a, where in self.server.residencies.items() if where != "failed"}
 
     @property
@@ -1016,7 +1016,7 @@ class Walk:
         return sum(self.server.host.engines[alias].held_bytes for alias in self.alive)
 
     def check(self) -> None:
-        """What holds whenever nothing is under way."""
+        """Check what holds whenever nothing is under way."""
         engines, active = self.server.host.engines, self.server.coordinator.active
         assert "idle" == self.server.coordinator.phase
         assert self.server.host.most_held_bytes <= self.budget or len(self.alive) < len(ALIASES)
@@ -1039,7 +1039,7 @@ levels = st.lists(
 def test_no_walk_exceeds_the_budget_and_every_switch_succeeds(
     levels: list[frozenset[int]], actions: list[Action]
 ) -> None:
-    """One action after the other, with memory for one and a half."""
+    """Any sequence of actions, with memory for one and a half, stays within the budget."""
 
     async def run() -> None:
         walk = await Walk(6, levels).run([(action, True) for action in actions])
@@ -1056,7 +1056,7 @@ def test_no_walk_exceeds_the_budget_and_every_switch_succeeds(
 def test_no_walk_with_failures_leaves_anything_behind(
     levels: list[frozenset[int]], actions: list[tuple[Action, bool]]
 ) -> None:
-    """Many at once, some of which fail, with a pin: afterwards every model can be switched to."""
+    """After concurrent actions with failures and a pin, every model can be switched to."""
 
     async def run() -> None:
         walk = await Walk(9, levels).run(actions)

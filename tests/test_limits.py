@@ -1,4 +1,4 @@
-"""Bounds of switch calls and of bodies."""
+"""Limits of switch calls and of bodies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vllm_hotswap.turns import at_once
 
 
 class Clock:
-    """Shows what it is set to."""
+    """A clock that shows what it is set to."""
 
     now_s = 0.0
 
@@ -40,7 +40,7 @@ class Clock:
 
 
 def test_burst_passes_and_then_the_rate_counts() -> None:
-    """Who comes too early is told how long to wait, in whole seconds."""
+    """After a burst the rate applies; a call that is too early gets the wait in whole seconds."""
     clock = Clock()
     rate = Rate(per_second=0.5, burst=2, clock=clock)
     assert [None, None, 2, 2] == [rate.take() for _ in range(4)]
@@ -55,7 +55,7 @@ def test_burst_passes_and_then_the_rate_counts() -> None:
 
 
 def client(*parts: bytes, pause_s: float = 0.0, leaves: bool = False) -> Any:
-    """An ASGI `receive` that says a body in parts."""
+    """Return an ASGI `receive` that delivers a body in parts."""
     messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
     if leaves:
         messages.append({"type": "http.disconnect"})
@@ -70,7 +70,7 @@ def client(*parts: bytes, pause_s: float = 0.0, leaves: bool = False) -> Any:
 
 
 async def test_body_is_counted_until_its_request_is_over() -> None:
-    """All that are held count together."""
+    """A body counts until its request is over, and all held bodies count together."""
     bodies = Bodies(LimitsConfig())
     with bodies.hold() as first:
         with bodies.hold() as second:
@@ -85,7 +85,7 @@ ZEROS = bytes(PIECE_BYTES)
 
 
 class Turns:
-    """Counts those of the loop, and notes in which of them a body was read."""
+    """Count the loop's turns, and note in which of them a body was read."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -101,7 +101,7 @@ class Turns:
         self._handle.cancel()
 
     def body(self, name: str, *pieces: int) -> Any:
-        """An ASGI `receive` whose pieces, of so many bytes, are all there."""
+        """Return an ASGI `receive` whose pieces, of so many bytes, are all there."""
         left = list(pieces)
 
         async def receive() -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Turns:
 
 
 async def test_large_bodies_take_turns() -> None:
-    """One piece in each turn of the loop, however many there are; small ones do not wait."""
+    """Large bodies are read one piece per turn of the loop, however many; small ones at once."""
     turns, bodies = Turns(), Bodies(LimitsConfig())
     with contextlib.ExitStack() as held:
         receives = [turns.body("large", *[PIECE_BYTES] * 10) for _ in range(8)]
@@ -125,14 +125,14 @@ async def test_large_bodies_take_turns() -> None:
     assert [10 * PIECE_BYTES] * 8 + [10_000] == sizes
     in_turn = Counter(turn for turn, name in turns.read if name == "large")
     first, *later = sorted(in_turn)
-    # All first pieces take no turn, and one second piece the turn that nobody has had yet.
+    # All first pieces take no turn, and one second piece takes the first unused turn.
     assert (9, {1}) == (in_turn[first], {in_turn[turn] for turn in later})
     assert list(range(later[0], later[-1] + 1)) == later
     assert 1 == len({turn for turn, name in turns.read if name == "small"})
 
 
 async def test_callers_take_turns_in_reading_bodies() -> None:
-    """However many bodies one of them sends, in however small pieces."""
+    """Callers alternate in reading, however many bodies one sends, in however small pieces."""
     turns, bodies = Turns(), Bodies(LimitsConfig())
     one, other = (Account(name, is_admin=True) for name in ("one", "other"))
     with contextlib.ExitStack() as held:
@@ -145,12 +145,12 @@ async def test_callers_take_turns_in_reading_bodies() -> None:
 
     last = max(turn for turn, name in turns.read if name == "other")
     between = [turn for turn, name in turns.read if name == "one" and turn <= last]
-    # Each first piece, then two for each of the other's: it asks again only when it has read one.
+    # Each first piece, then two for each of the other's: it asks again only after reading one.
     assert len(between) <= 8 + 2 * 8
 
 
 async def test_small_pieces_take_few_turns() -> None:
-    """What counts is how much is read."""
+    """Small pieces take few turns: what counts is how much is read."""
     turns, bodies = Turns(), Bodies(LimitsConfig())
     with bodies.hold() as body:
         await body.read(turns.body("one", *[1024] * 1024))
@@ -171,7 +171,7 @@ async def test_small_pieces_take_few_turns() -> None:
 async def test_body_beyond_a_limit_is_refused(
     limits: LimitsConfig, receive: Any, error: type[Exception]
 ) -> None:
-    """And counts no longer."""
+    """A body beyond a limit is refused, and its bytes are released."""
     bodies = Bodies(limits)
     with pytest.raises(error), bodies.hold() as body:
         await body.read(receive)
@@ -180,7 +180,7 @@ async def test_body_beyond_a_limit_is_refused(
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models/switch"])
 async def test_too_long_a_body_gets_413(make_server: MakeServer, path: str) -> None:
-    """On vLLM's routes and on ours."""
+    """A body that is too long gets 413, on vLLM's routes and on ours."""
     server = await make_server(limits=LimitsConfig(body_bytes=1000))
 
     response = await server.post(path, content=b" " * 1001)
@@ -191,7 +191,7 @@ async def test_too_long_a_body_gets_413(make_server: MakeServer, path: str) -> N
 async def test_what_a_request_holds_counts_until_its_answer_has_ended(
     make_server: MakeServer,
 ) -> None:
-    """While it waits, and while it is answered: vLLM keeps all of a body until then."""
+    """A body counts until its response has ended, waiting included: vLLM keeps all of it."""
     server = await make_server(limits=LimitsConfig(held_bytes=10_000))
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
@@ -216,7 +216,7 @@ async def test_what_a_request_holds_counts_until_its_answer_has_ended(
 async def test_many_small_values_weigh_more_than_their_bytes(
     make_server: MakeServer, count: int
 ) -> None:
-    """A parser makes an object of each: 30 MiB of them were 420 MiB."""
+    """Many small values weigh more than their bytes: 30 MiB of them once took 420 MiB."""
     server = await make_server()
     stream = server.request("POST", CHAT, body_of("llama", stream=True, kept=["ab"] * count))
 
@@ -232,7 +232,7 @@ def body_of(alias: str, **fields: Any) -> bytes:
 
 
 def test_no_account_takes_all_of_a_pot() -> None:
-    """One alone has its share, two less each, and whoever comes next finds something free."""
+    """An account alone has its share, two have less each, and a new one always finds room."""
     ledger = Ledger(1000, share=0.5)
     ann, ben, carl = (Account(name, is_bounded=True) for name in ("ann", "ben", "carl"))
 
@@ -252,7 +252,7 @@ def test_no_account_takes_all_of_a_pot() -> None:
 
 
 def test_whole_share_is_no_bound() -> None:
-    """And without keys everybody is one account, which may have all."""
+    """A share of 1 is no limit: without keys all callers are one account, which may have all."""
     assert Ledger(1000, share=1).fits(Account("ann", is_bounded=True), 1000)
     assert Ledger(1000, share=0.5).fits(EVERYBODY, 1000)
     assert not Ledger(1000, share=1).fits(EVERYBODY, 1001)
@@ -267,7 +267,7 @@ def as_who(key: str, **more: str) -> list[tuple[bytes, bytes]]:
 
 
 async def test_unfinished_bodies_of_one_key_shut_nobody_out(make_server: MakeServer) -> None:
-    """Neither admins, nor other keys; and what the key has left is served, too."""
+    """Unfinished bodies of one key block neither admins nor others; what fits still is served."""
     server = await make_server(access=KEYS, limits=LimitsConfig(held_bytes=100_000))
     for _ in range(10):
         hog = server.request("POST", CHAT, headers=as_who("ann"))
@@ -287,7 +287,7 @@ async def test_unfinished_bodies_of_one_key_shut_nobody_out(make_server: MakeSer
 
 
 async def test_own_routes_are_open_when_the_pot_is_full(make_server: MakeServer) -> None:
-    """Where nobody needs a key, too."""
+    """When the pot is full, our own routes still answer, also where no key is required."""
     server = await make_server(limits=LimitsConfig(held_bytes=1000))
     hog = server.request("POST", CHAT, headers=[(b"content-type", b"application/json")])
     hog.say({"type": "http.request", "body": b" " * 1000, "more_body": True})
@@ -304,7 +304,7 @@ async def test_own_routes_are_open_when_the_pot_is_full(make_server: MakeServer)
 async def test_announced_length_that_does_not_fit_is_not_waited_for(
     make_server: MakeServer, path: str, length: int, status: int
 ) -> None:
-    """The answer comes before the first byte of the body."""
+    """An announced length that does not fit is refused before the first byte of the body."""
     limits = LimitsConfig(body_bytes=1000 if path == CHAT else 1 << 30, held_bytes=800)
     server = await make_server(limits=limits)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(length).encode())]
@@ -315,7 +315,7 @@ async def test_announced_length_that_does_not_fit_is_not_waited_for(
 
 
 def test_body_that_dribbles_is_ended() -> None:
-    """Below the rate for 20 s, whatever came before; above it, it has until the whole time."""
+    """A body slower than the rate for 20 s is refused; above it, the total time applies."""
 
     async def story() -> None:
         fast = client(*[b"x" * 30_000] * 10, pause_s=5)
@@ -340,7 +340,7 @@ def test_body_that_dribbles_is_ended() -> None:
 
 
 def test_short_body_may_stall() -> None:
-    """A phone that loses its network for a while; until the time for all of a body is over."""
+    """A short body may stall, as on a phone without network, until the body's time is over."""
 
     async def story() -> None:
         with Bodies(LimitsConfig()).hold() as body:
@@ -351,7 +351,7 @@ def test_short_body_may_stall() -> None:
 
 
 def test_what_waits_to_be_read_is_not_slow() -> None:
-    """After a pause of the server's own, its timer comes before what the client has sent."""
+    """After a pause of the server itself, a body that waits to be read does not count as slow."""
 
     async def story() -> None:
         paused_s = [0.0, 20.0, 0.5]
@@ -388,7 +388,7 @@ IMAGE = "A" * 1_000_000
 )
 @pytest.mark.parametrize("is_escaped", [True, False])
 def test_texts_weigh_what_they_become(texts: list[str], times: float, is_escaped: bool) -> None:
-    """Never less than Python takes for them; and an image is not what a word beside it is."""
+    """Texts count at least what Python takes for them; an image counts less than text beside it."""
     body = json.dumps(texts, ensure_ascii=is_escaped).encode()
 
     weight = at_once(text_bytes(body))
@@ -398,7 +398,7 @@ def test_texts_weigh_what_they_become(texts: list[str], times: float, is_escaped
 
 
 async def test_images_of_one_key_fit(make_server: MakeServer) -> None:
-    """As many as a client sends at once, each counted twice."""
+    """As many images as a client sends at once fit into one key's share, each counted twice."""
     server = await make_server(access=KEYS, limits=LimitsConfig(held_bytes=10_000_000))
     body = body_of("llama", stream=True, image=IMAGE)
     images = [server.request("POST", CHAT, body, headers=as_who("ann")) for _ in range(2)]
@@ -410,7 +410,7 @@ async def test_images_of_one_key_fit(make_server: MakeServer) -> None:
 
 
 async def test_client_that_leaves_in_its_body_is_forgotten(make_server: MakeServer) -> None:
-    """Nothing is left of it."""
+    """Nothing is left of a client that leaves while it sends its body."""
     server = await make_server()
     stream = server.request("POST", "/v1/chat/completions")
     stream.say({"type": "http.request", "body": b"{", "more_body": True})

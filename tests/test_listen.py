@@ -1,4 +1,4 @@
-"""Where the server listens, and what uvicorn is told: every mistake is named before the start."""
+"""Where the server listens, and what uvicorn gets: every mistake is named before the start."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from vllm_hotswap.port_file import PortFile
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    """An application."""
+    """Do nothing: an application."""
 
 
 def test_an_address_in_use_is_named() -> None:
-    """With the flag that chooses another one."""
+    """An address in use is named, with the flag that chooses another one."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -41,14 +41,14 @@ def test_an_address_in_use_is_named() -> None:
 
 
 def test_a_free_address_is_bound() -> None:
-    """Before the models are loaded, so that nobody else takes it meanwhile."""
+    """A free address is bound before the models are loaded, so no other program takes it."""
     port = free_port()
     with bind("127.0.0.1", port) as sock:
         assert ("127.0.0.1", port) == sock.getsockname()
 
 
 def test_a_server_that_still_loads_has_its_port() -> None:
-    """Linux would let a second one be bound to it, which would fail once its models are loaded."""
+    """A server that is loading holds its port, although Linux would let a second one bind it."""
     loading = Listener.open(flags())
     port = loading.port
 
@@ -70,7 +70,7 @@ def test_a_server_that_still_loads_has_its_port() -> None:
     ],
 )
 def test_a_port_of_all_addresses_is_one_of_each(first: str | None, second: str | None) -> None:
-    """Whichever server was first, and has not loaded its models yet."""
+    """A port on all addresses collides with the same port on one, whichever server came first."""
     loading = Listener.open(flags(host=first))
     port = loading.port
 
@@ -83,7 +83,7 @@ def test_a_port_of_all_addresses_is_one_of_each(first: str | None, second: str |
 
 @pytest.mark.parametrize("host", [None, "127.0.0.1", "::"])
 def test_the_demo_leaves_a_port_to_a_server_that_still_loads(host: str | None) -> None:
-    """Its own server would find out only then that the port is taken."""
+    """The demo does not choose the port of a server that is still loading."""
     loading = Listener.open(flags(host=host))
     port = loading.port or 0
 
@@ -93,7 +93,7 @@ def test_the_demo_leaves_a_port_to_a_server_that_still_loads(host: str | None) -
 
 
 def test_a_port_in_use_is_told_before_vllm_is_loaded(tmp_path: Path) -> None:
-    """In one line, whether another program listens or a server of ours is still loading."""
+    """A port in use is reported in one line before vLLM loads, also while its server loads."""
     models = tmp_path / "models.yaml"
     models.write_text("models: {a: {model: org/a}}")
     code = """
@@ -131,12 +131,12 @@ sys.exit(status)
     ],
 )
 def test_what_only_vllm_can_read_of_the_flags_is_left_to_it(given: list[str]) -> None:
-    """Nothing is refused before that."""
+    """The address check refuses no flag that only vLLM can read."""
     check_address(given)
 
 
 def test_nothing_is_kept_of_a_look_at_the_address() -> None:
-    """The server binds it later."""
+    """The address check holds no socket: the server binds the address later."""
     port = free_port()
     check_address(["--host", "127.0.0.1", "--port", str(port)])
 
@@ -147,7 +147,7 @@ def test_nothing_is_kept_of_a_look_at_the_address() -> None:
     ("first", "second"), [("127.0.0.1", "127.0.0.2"), ("0.0.0.0", "::1"), ("::1", "127.0.0.1")]
 )
 def test_two_addresses_may_have_the_same_port(first: str, second: str) -> None:
-    """Of two servers on one machine."""
+    """Two servers on one machine can use the same port on two addresses."""
     loading = Listener.open(flags(host=first))
 
     other = Listener.open(flags(host=second, port=loading.port))
@@ -161,7 +161,7 @@ def test_two_addresses_may_have_the_same_port(first: str, second: str) -> None:
 def test_a_system_that_allows_no_claims_can_serve(
     error: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A sandbox may refuse them, or know none; the port and the path are as free as they were."""
+    """The server runs where a sandbox refuses claims or has none; port and path stay free."""
 
     class Refusing(socket.socket):
         def bind(self, address: Any) -> None:
@@ -177,7 +177,7 @@ def test_a_system_that_allows_no_claims_can_serve(
 
 @pytest.mark.parametrize("port", [99999, -1])
 def test_a_number_that_is_no_port_is_named(port: int) -> None:
-    """With those that are."""
+    """An invalid port is named, with the valid range."""
     with pytest.raises(
         ConfigError, match=f"--port {port} is not a valid port; choose one from 0 to 65535"
     ):
@@ -186,14 +186,14 @@ def test_a_number_that_is_no_port_is_named(port: int) -> None:
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "a..b"])
 def test_a_host_that_is_not_known_is_named(host: str) -> None:
-    """Another port would not help."""
+    """An unknown host is named; another port is not suggested, because it would not help."""
     with pytest.raises(ConfigError, match=f"cannot listen on {host}:8000: .*--host"):
         bind(host, 8000)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "fe80::1"])
 def test_an_address_of_another_machine_is_named(host: str) -> None:
-    """Another port would not help either."""
+    """An address of another machine is named; another port is not suggested."""
     with pytest.raises(ConfigError, match=f"cannot listen on .*{host}.*; choose another --host"):
         bind(host, 0)
 
@@ -201,7 +201,7 @@ def test_an_address_of_another_machine_is_named(host: str) -> None:
 def test_an_address_of_a_family_that_the_system_has_not_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """IPv6 may be switched off."""
+    """An address of a family that the system lacks is named: IPv6 may be switched off."""
 
     def refuse(*_: object) -> socket.socket:
         raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
@@ -213,7 +213,7 @@ def test_an_address_of_a_family_that_the_system_has_not_is_named(
 
 
 def test_an_empty_path_of_a_socket_is_refused() -> None:
-    """A variable that is not set would open a TCP port to everybody."""
+    """An empty socket path is refused: an unset variable would open a TCP port to everyone."""
     with pytest.raises(ConfigError, match="--uds is empty; name a file, or leave it out for TCP"):
         Listener.open(flags(uds=""))
 
@@ -227,7 +227,7 @@ def test_an_empty_path_of_a_socket_is_refused() -> None:
     ],
 )
 def test_a_socket_that_cannot_be_made_is_named(path: str, expected: str, tmp_path: Path) -> None:
-    """Before anything slow is done."""
+    """A socket that cannot be made is named before anything slow starts."""
     (tmp_path / "file").touch()
 
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -238,7 +238,7 @@ def test_a_socket_that_cannot_be_made_is_named(path: str, expected: str, tmp_pat
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_named() -> None:
-    """As a socket's place."""
+    """An unwritable folder is named as the place of the socket."""
     with pytest.raises(ConfigError, match="--uds: the folder '/' cannot be written"):
         Listener.open(flags(uds="/server.sock"))
 
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_named() -> None:
     ],
 )
 def test_tls_files_that_cannot_be_used_are_named(given: dict[str, str], expected: str) -> None:
-    """Before anything slow is done."""
+    """TLS files that cannot be used are named before anything slow starts."""
     with pytest.raises(ConfigError) as caught:
         Listener.open(flags(**given))
 
@@ -265,7 +265,7 @@ def test_tls_files_that_cannot_be_used_are_named(given: dict[str, str], expected
 
 
 def test_a_log_that_cannot_be_configured_is_named() -> None:
-    """With the reason, which `logging.config` hides behind another one."""
+    """A log that cannot be configured is named with the reason that `logging.config` hides."""
     config = {"version": 1, "handlers": {"file": {"class": "no.such.Handler"}}}
 
     with pytest.raises(ConfigError, match=r"--log-config-file cannot be used: .*no\.such"):
@@ -273,7 +273,7 @@ def test_a_log_that_cannot_be_configured_is_named() -> None:
 
 
 def test_a_time_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable of vLLM's that its server reads, too."""
+    """A time that is not a number is named, also in a variable of vLLM's that its server reads."""
     monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "soon")
 
     with pytest.raises(ConfigError, match="VLLM_HTTP_TIMEOUT_KEEP_ALIVE='soon'"):
@@ -281,7 +281,7 @@ def test_a_time_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_configuration_of_the_log_reaches_uvicorn(tmp_path: Path) -> None:
-    """As it reaches it from vLLM's own server."""
+    """The log configuration reaches uvicorn in the same form as from vLLM's own server."""
     log = {"version": 1, "disable_existing_loggers": False}
     listener = Listener.open(flags(uds=str(tmp_path / "s")), log)
     config = listener.uvicorn_config(nothing)
@@ -302,7 +302,7 @@ def test_the_configuration_of_the_log_reaches_uvicorn(tmp_path: Path) -> None:
 def test_the_address_is_told_in_the_form_that_clients_use(
     given: dict[str, Any], address: str
 ) -> None:
-    """In the banner, with the port that the system has chosen for 0."""
+    """The banner gives the address as clients use it, with the port that the system chose for 0."""
     args = flags(**given)
     with bind(args.host, 0) as sock:
         listener = Listener(args, sock)
@@ -322,13 +322,13 @@ def test_the_address_is_told_in_the_form_that_clients_use(
     ],
 )
 def test_loopback_is_told_by_what_was_bound(host: str | None, expected: bool) -> None:
-    """And not by how it is written."""
+    """Loopback is recognised from the bound address, not from its spelling."""
     with bind(host, 0) as sock:
         assert expected is Listener(flags(host=host), sock).is_loopback
 
 
 def test_the_port_is_in_a_file_from_the_first_connection_to_the_end(tmp_path: Path) -> None:
-    """Whole, whenever it is there; one that a killed server has left is replaced."""
+    """The port file is complete from the first connection to the end; a stale one is replaced."""
     path = tmp_path / "port"
     path.write_text("8000\n")
     listener = Listener.open(flags(), flags=ListenFlags(port_file=path))
@@ -345,7 +345,7 @@ def test_the_port_is_in_a_file_from_the_first_connection_to_the_end(tmp_path: Pa
 def test_a_link_that_waits_for_the_port_file_is_not_followed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a folder where others may write, it could lead to any file of whoever starts a server."""
+    """A link planted at the port file's temporary name is not followed to another file."""
     precious = tmp_path / "precious"
     precious.write_text("mine")
     monkeypatch.setattr(secrets, "token_hex", lambda _: "foreseen")
@@ -365,7 +365,7 @@ def test_a_link_that_waits_for_the_port_file_is_not_followed(
 def test_the_umask_of_whoever_started_it_counts_for_the_socket(
     tmp_path: Path, given: dict[str, int], expected: int
 ) -> None:
-    """The server's own is stricter: it is for what libraries make."""
+    """The socket's mode follows the umask of the parent process, not the server's stricter own."""
     path = tmp_path / "s"
     listener = Listener.open(flags(uds=str(path)), flags=ListenFlags(umask=0o002, **given))
 
@@ -375,7 +375,7 @@ def test_the_umask_of_whoever_started_it_counts_for_the_socket(
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_who_may_read_the_port_file_is_for_the_umask_to_say(tmp_path: Path, umask: int) -> None:
-    """As for every other file."""
+    """The port file's mode follows the umask, as for every other file."""
     before = os.umask(umask)
     try:
         PortFile.write(tmp_path / "port", 8000)
@@ -386,7 +386,7 @@ def test_who_may_read_the_port_file_is_for_the_umask_to_say(tmp_path: Path, umas
 
 
 def test_a_name_of_a_port_file_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
-    """What it is first written as is no longer than that."""
+    """A port file's name can be as long as the system allows: its temporary name is not longer."""
     path = tmp_path / ("x" * 255)
     listener = Listener.open(flags(), flags=ListenFlags(port_file=path))
 
@@ -399,7 +399,7 @@ def test_a_name_of_a_port_file_may_be_as_long_as_the_system_allows(tmp_path: Pat
 def test_a_folder_in_which_no_file_can_be_made_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quota may be used up, for instance; nothing is left of the attempt."""
+    """A folder where no file can be made (a full quota) is named; the attempt leaves nothing."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
@@ -412,7 +412,7 @@ def test_a_folder_in_which_no_file_can_be_made_is_named(
 
 
 def test_the_port_file_of_another_server_stays(tmp_path: Path) -> None:
-    """Whoever wrote it last owns it."""
+    """A server that stops leaves the port file of another server: the last writer owns it."""
     path = tmp_path / "port"
     first, second = (Listener.open(flags(), flags=ListenFlags(port_file=path)) for _ in range(2))
     first.announce()
@@ -440,7 +440,7 @@ def test_the_port_file_of_another_server_stays(tmp_path: Path) -> None:
 def test_a_port_file_that_cannot_be_written_is_named(
     name: str, given: dict[str, Any], expected: str, tmp_path: Path
 ) -> None:
-    """And no file of somebody else's is replaced."""
+    """A port file that cannot be written is named, and no existing other file is replaced."""
     (tmp_path / "models.yaml").write_text("models: {}")
     (tmp_path / "link").symlink_to("models.yaml")
 
@@ -451,7 +451,7 @@ def test_a_port_file_that_cannot_be_written_is_named(
 
 
 def test_a_mode_without_a_socket_is_refused() -> None:
-    """It would protect nothing."""
+    """A socket mode without a socket is refused, because it would protect nothing."""
     with pytest.raises(ConfigError, match="--uds-mode needs --uds"):
         Listener.open(flags(), flags=ListenFlags(uds_mode=0o600))
 
@@ -460,7 +460,7 @@ def test_a_mode_without_a_socket_is_refused() -> None:
     "host", ["*", "*.example.com", "http://", "a b", "a..b", ":8000", "x" * 64, "[::1"]
 )
 def test_an_allowed_host_that_no_client_could_send_is_named(host: str) -> None:
-    """It would allow nothing, and nobody would know why."""
+    """An allowed host that no client could send is named: it would silently allow nothing."""
     with pytest.raises(ConfigError, match="is not a host name; give each name in full") as caught:
         Listener.open(flags(), flags=ListenFlags(allowed_hosts=["models.example", host]))
 
@@ -468,7 +468,7 @@ def test_an_allowed_host_that_no_client_could_send_is_named(host: str) -> None:
 
 
 def test_clients_that_vanish_are_noticed() -> None:
-    """The system probes silent connections; those that are accepted take it over."""
+    """The system probes silent connections; accepted sockets inherit the setting."""
     with bind("127.0.0.1", 0) as listening:
         listening.listen()
         with (
@@ -496,7 +496,7 @@ def test_connections_leave_files_for_the_models(
     connections: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """However few there are; the limit is raised as far as it may be."""
+    """However few files there are, connections leave some for models; the limit is raised."""
     given: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
     monkeypatch.setattr(resource, "setrlimit", lambda _, new: given.append(new))

@@ -34,12 +34,12 @@ FORGED = '6.6.6.6 - "POST /v1/models/switch HTTP/1.1" 200 OK'
 LINE = re.compile(
     r'INFO: +127\.0\.0\.1:\d+ - "[A-Z]+ [!-~]* HTTP/1\.\d" \d{3} .*|(WARNING|INFO) event=[ -~]+'
 )
-"""A line about a request, or one of ours; nothing outside ASCII here."""
+"""A line about a request, or one of ours; ASCII only here."""
 
 
 @pytest.fixture
 def lines() -> Iterator[io.StringIO]:
-    """What the loggers of uvicorn and of this package write."""
+    """Collect what the loggers of uvicorn and of this package write."""
     before = logging.getLogRecordFactory()
     ours = logging.getLogger("vllm_hotswap")
     kept = ours.handlers[:], ours.propagate, ours.level
@@ -58,7 +58,7 @@ def lines() -> Iterator[io.StringIO]:
 
 
 def uvicorns(written: io.StringIO) -> dict[str, Any]:
-    """Uvicorn's own configuration of the log, with another place to write to."""
+    """Use uvicorn's own configuration of the log, with another place to write to."""
     formats = {
         "default": {"()": "uvicorn.logging.DefaultFormatter", "fmt": "%(levelprefix)s %(message)s"},
         "access": {
@@ -86,7 +86,7 @@ WITH_LINES: dict[str, object] = {"disable_uvicorn_access_log": False, "uvicorn_l
 async def test_a_client_cannot_say_in_the_log_who_it_is(
     server: Server, lines: io.StringIO, trusted: list[str]
 ) -> None:
-    """What is no address is passed over, whoever sends it."""
+    """A client cannot set its address in the log: only a trusted proxy's valid addresses count."""
     listen = ListenFlags(forwarded_allow_ips=trusted)
     async with listening_with(server, None, listen, uvicorns(lines), **WITH_LINES) as at:
         client = await Raw.connect(at.port)
@@ -108,7 +108,7 @@ async def test_a_client_cannot_say_in_the_log_who_it_is(
 async def test_a_proxy_on_loopback_that_is_not_trusted_is_told_of_once(
     server: Server, lines: io.StringIO, trusted: list[str], expected: int
 ) -> None:
-    """Its operator learns why the log has no clients, and what to do."""
+    """An untrusted proxy on loopback is reported once, with the reason and what to do."""
     listen = ListenFlags(forwarded_allow_ips=trusted)
     async with listening_with(server, None, listen) as at:
         client = await Raw.connect(at.port)
@@ -148,13 +148,13 @@ async def test_a_proxy_on_loopback_that_is_not_trusted_is_told_of_once(
     ],
 )
 def test_addresses_of_proxies_are_addresses(value: bytes, expected: bool) -> None:
-    """With a port or without, in both families, and without a zone."""
+    """Proxy addresses are read with or without a port, in both families, and without a zone."""
     assert expected is forwarded.are_addresses(value)
 
 
 @pytest.mark.parametrize("name", ["proxy.example", "10.0.0.1/8", "", "1.2.3.4:80"])
 def test_a_proxy_that_could_not_be_one_is_named(name: str) -> None:
-    """It would never be trusted, and nobody would know why."""
+    """A trusted proxy that cannot be one is named: it would silently never be trusted."""
     with pytest.raises(ConfigError, match="is neither an IP address, nor a network") as caught:
         Listener.open(flags(), flags=ListenFlags(forwarded_allow_ips=[name]))
 
@@ -176,7 +176,7 @@ PIECES = [
 async def test_whatever_is_sent_each_line_is_one_of_the_servers(
     make_server: MakeServer, lines: io.StringIO
 ) -> None:
-    """Targets and header fields of any bytes, some refused and some answered."""
+    """Targets and headers of any bytes, refused or answered, never forge or split a log line."""
     server = await make_server(access=Access(["a-key"]))
     chance = random.Random(16)  # noqa: S311
 
@@ -203,7 +203,7 @@ async def test_whatever_is_sent_each_line_is_one_of_the_servers(
 async def test_what_an_admin_writes_stays_in_its_line(
     make_server: MakeServer, lines: io.StringIO
 ) -> None:
-    """Owners and notes of job leases, and names of adapters."""
+    """Owners and notes of job leases, and names of adapters, stay within their log line."""
     server = await make_server(access=Access(dev_mode=True))
     server.events.notify = EventLog().notify  # type: ignore[method-assign]
     evil = f"x\n\r\x1b[2K\x85\u2028INFO:     {FORGED}"
@@ -231,7 +231,7 @@ async def test_what_an_admin_writes_stays_in_its_line(
     ],
 )
 def test_a_value_is_quoted_where_it_is_no_word(value: str | None, written: str) -> None:
-    """So that a line of `key=value` can be taken apart again."""
+    """A value that is not a word is quoted, so that a `key=value` line can be parsed again."""
     assert written == value_text(value)
 
 
@@ -239,7 +239,7 @@ NAMED = re.compile(r"event=.* (adapter|model|source|target)=%s")
 
 
 def unquoted(path: Path) -> list[str]:
-    """Functions of a module that write a line with a name, and quote none."""
+    """Return a module's functions that write a line with a name, and quote none."""
     return [
         f"{path.name}: {function.name}"
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -250,7 +250,7 @@ def unquoted(path: Path) -> list[str]:
 
 
 def test_every_name_in_a_line_is_quoted_where_it_is_no_word() -> None:
-    """Whoever adds a line with the name of a model or an adapter has to use `value_text`."""
+    """Every function that logs the name of a model or an adapter uses `value_text`."""
     modules = (Path(__file__).parent.parent / "src" / "vllm_hotswap").rglob("*.py")
 
     assert [] == [place for path in modules for place in unquoted(path)]
@@ -264,7 +264,7 @@ def test_every_name_in_a_line_is_quoted_where_it_is_no_word() -> None:
     ],
 )
 def test_aliases_of_events_are_quoted(event: Event, lines: io.StringIO) -> None:
-    """Of switches, which have lines of their own, and of what the table has."""
+    """Aliases are quoted in the lines of switches and of all other events in the table."""
     EventLog().notify(event)
 
     assert "='qwen 模型' " in lines.getvalue()
@@ -272,7 +272,7 @@ def test_aliases_of_events_are_quoted(event: Event, lines: io.StringIO) -> None:
 
 @pytest.mark.parametrize("name", ["vllm_hotswap", "uvicorn.error", "vllm.entrypoints"])
 def test_the_text_of_an_exception_is_no_line(lines: io.StringIO, name: str) -> None:
-    """Neither in a stack trace, nor where it is put into a message."""
+    """The text of an exception makes no line, neither in a stack trace nor in a message."""
     logger = logging.getLogger(name)
     handler = logging.StreamHandler(lines)
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
@@ -292,7 +292,7 @@ def test_the_text_of_an_exception_is_no_line(lines: io.StringIO, name: str) -> N
 
 
 class NewLineFormatter(logging.Formatter):
-    """As vLLM's of that name: each line of a message has the prefix."""
+    """Like vLLM's class of that name: each line of a message has the prefix."""
 
     def format(self, record: logging.LogRecord) -> str:
         return super().format(record).replace("\n", "\nERROR ")
@@ -303,7 +303,7 @@ class NewLineFormatter(logging.Formatter):
 def test_line_breaks_are_kept_only_where_each_line_is_marked(
     lines: io.StringIO, name: str, how: str
 ) -> None:
-    """Whoever logs, and whether its handlers are its own or those of its ancestors."""
+    """Line breaks stay only where every handler marks each line, its own or an ancestor's."""
     top = logging.getLogger(name.partition(".")[0])
     made: dict[str, list[type[logging.Formatter]]] = {
         "bare": [logging.Formatter],
@@ -339,7 +339,7 @@ _exit(0)
 
 
 def test_an_engine_host_writes_few_lines_and_none_of_a_client() -> None:
-    """vLLM sets up no log there: its lines are written as they are."""
+    """An engine host, where vLLM sets up no log, writes few lines and none that a client forged."""
     run = [sys.executable, "-c", HOST, "1000"]
     told = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True).stderr
 
@@ -351,7 +351,7 @@ def test_an_engine_host_writes_few_lines_and_none_of_a_client() -> None:
 
 @given(st.text(st.characters()))
 def test_what_is_escaped_is_one_line_that_can_be_written(text: str) -> None:
-    """And what was harmless is as it was."""
+    """Escaped text is one writable line, and harmless text is unchanged."""
     line = escaped(text)
 
     assert len(line.splitlines()) <= 1

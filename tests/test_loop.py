@@ -18,7 +18,7 @@ LONG_S = 10.0
 
 
 class Tensor:
-    """Something that a step has in its hands."""
+    """An object that a step holds."""
 
 
 class CountingEngine:
@@ -35,7 +35,7 @@ class CountingEngine:
         self.steps_end_at = 0
         self.finished = threading.Event()
         self.tensor: Callable[[], object] = lambda: None
-        """Of the step that has failed."""
+        """The tensor of the step that has failed."""
         self.left: object = None
 
     def send(self, steps: int) -> None:
@@ -97,11 +97,11 @@ class Stage:
         self.is_over = True
         deadline = time.monotonic() + LONG_S
         while self.thread.is_alive() and time.monotonic() < deadline:
-            self.loop.ring()  # again: a turn that has just begun takes no notice of the first
+            self.loop.ring()  # again: a turn that has just started misses the first ring
             self.thread.join(0.01)
 
     def do(self, command: Callable[[], T]) -> T:
-        """Have a command obeyed; wait for its result."""
+        """Run a command in the loop and return its result."""
         results: list[T] = []
         obeyed = threading.Event()
 
@@ -140,12 +140,12 @@ def stage() -> Iterator[Stage]:
 
 @pytest.fixture
 def soon_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pause is over as soon as it has begun."""
+    """End a pause as soon as it starts."""
     monkeypatch.setattr("vllm_hotswap.host.loop.IDLE_S", 0.0)
 
 
 def test_active_engine_is_stepped_until_it_has_no_work(stage: Stage) -> None:
-    """Every step that it has work for is run, and no more."""
+    """The active engine is stepped for all of its work, and no further."""
     stage.activate("a")
 
     stage.a.send(3)
@@ -156,7 +156,7 @@ def test_active_engine_is_stepped_until_it_has_no_work(stage: Stage) -> None:
 
 
 def test_engine_that_is_not_active_is_serviced_but_not_stepped(stage: Stage) -> None:
-    """Its messages are taken in, so that nobody hangs; its work waits."""
+    """An engine that is not active reads its messages, so no caller hangs; its work waits."""
     stage.activate("a")
 
     stage.b.send(2)
@@ -169,7 +169,7 @@ def test_engine_that_is_not_active_is_serviced_but_not_stepped(stage: Stage) -> 
 
 
 def test_work_that_waited_is_done_after_activation(stage: Stage) -> None:
-    """What came in while an engine was parked is not lost."""
+    """Work that arrived for an inactive engine is done once that engine is activated."""
     stage.activate("a")
     stage.b.send(2)
     stage.do(lambda: None)
@@ -180,7 +180,7 @@ def test_work_that_waited_is_done_after_activation(stage: Stage) -> None:
 
 
 def test_work_is_frozen_by_a_switch_and_goes_on_later(stage: Stage) -> None:
-    """An engine that is no longer active keeps what it has not done."""
+    """An engine that is no longer active keeps its unfinished work, and continues it later."""
     stage.do(lambda: stage.loop.activate("a") or stage.a.inputs.append(10**9))
     stage.activate("b")
     left = stage.do(lambda: stage.a.work)
@@ -194,7 +194,7 @@ def test_work_is_frozen_by_a_switch_and_goes_on_later(stage: Stage) -> None:
 
 
 def test_command_is_obeyed_between_two_steps(stage: Stage) -> None:
-    """However busy the active engine is, a command gets its turn, on the compute thread."""
+    """A command runs on the compute thread between two steps, however busy the active engine is."""
     stage.activate("a")
     stage.a.send(10**9)
 
@@ -203,7 +203,7 @@ def test_command_is_obeyed_between_two_steps(stage: Stage) -> None:
 
 
 def test_commands_are_obeyed_in_order(stage: Stage) -> None:
-    """First come, first served."""
+    """Commands run in the order in which they came."""
     order: list[int] = []
     stage.loop.submit(lambda: order.append(1))
     stage.loop.submit(lambda: order.append(2))
@@ -214,7 +214,7 @@ def test_commands_are_obeyed_in_order(stage: Stage) -> None:
 
 
 def test_nothing_is_stepped_before_the_first_activation(stage: Stage) -> None:
-    """Without an active engine everything waits."""
+    """Without an active engine, nothing is stepped."""
     stage.a.send(1)
     stage.do(lambda: None)
 
@@ -224,7 +224,7 @@ def test_nothing_is_stepped_before_the_first_activation(stage: Stage) -> None:
 
 @pytest.mark.parametrize("at", ["step", "input"])
 def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str) -> None:
-    """Its clients and its owner are told; another engine can be activated and serves."""
+    """When the active engine dies, its clients and owner learn it, and another can be activated."""
     stage.activate("a")
     stage.a.fails_at = at
 
@@ -232,7 +232,7 @@ def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str)
 
     assert stage.failure.wait(LONG_S)
     assert stage.do(lambda: stage.a.dead)
-    assert stage.a.left is None  # nothing that the step had keeps the memory of its model
+    assert stage.a.left is None  # nothing that the step held keeps its model's memory
     assert [("a", f"a cannot {at}")] == stage.failed
     assert stage.loop.active is None
 
@@ -242,7 +242,7 @@ def test_death_of_the_active_engine_ends_that_engine_only(stage: Stage, at: str)
 
 
 def test_engine_that_cannot_even_die_ends_the_loop() -> None:
-    """What it holds is lost: the process is to end, and another one to begin anew."""
+    """If an engine cannot even fail cleanly, the loop ends: the process must be replaced."""
     stage = Stage()
     stage.loop.activate("a")
     stage.a.fails_at = "step"
@@ -256,7 +256,7 @@ def test_engine_that_cannot_even_die_ends_the_loop() -> None:
 
 
 def test_death_of_another_engine_leaves_the_active_one_serving(stage: Stage) -> None:
-    """An engine that dies while it is serviced takes nothing with it."""
+    """An engine that dies while it reads messages leaves the active one serving."""
     stage.activate("a")
     stage.b.fails_at = "input"
 
@@ -269,7 +269,7 @@ def test_death_of_another_engine_leaves_the_active_one_serving(stage: Stage) -> 
 
 
 def test_engine_that_is_not_loaded_cannot_be_activated(stage: Stage) -> None:
-    """It is named, and the active one stays active."""
+    """Activation of an engine that is not loaded names it, and the active one stays active."""
     stage.activate("a")
 
     with pytest.raises(KeyError, match="engine 'c' is not loaded"):
@@ -279,7 +279,7 @@ def test_engine_that_is_not_loaded_cannot_be_activated(stage: Stage) -> None:
 
 
 def test_parked_engine_is_stepped_no_more(stage: Stage) -> None:
-    """Nobody is active afterwards; the engine stays, and can be activated again."""
+    """A parked engine is not stepped and none is active; it stays and can be activated again."""
     stage.activate("a")
     stage.do(lambda: stage.loop.park("b"))
     assert "a" == stage.loop.active
@@ -294,7 +294,7 @@ def test_parked_engine_is_stepped_no_more(stage: Stage) -> None:
 
 
 def test_removed_engine_is_forgotten(stage: Stage) -> None:
-    """It is neither stepped nor serviced; removing what is not there changes nothing."""
+    """A removed engine is neither stepped nor serviced; removing an absent one changes nothing."""
     stage.activate("a")
 
     stage.do(lambda: stage.loop.remove("a"))
@@ -309,7 +309,7 @@ def test_removed_engine_is_forgotten(stage: Stage) -> None:
 
 @pytest.mark.usefixtures("soon_idle")
 def test_pause_leaves_time_for_what_may_wait(stage: Stage) -> None:
-    """Once per pause, on the compute thread; work that comes later is done as before."""
+    """Deferred work runs once per pause on the compute thread; later work is done as before."""
     assert stage.idle.wait(LONG_S)
     assert ["idle"] == stage.happened
     stage.activate("a")
@@ -322,7 +322,7 @@ def test_pause_leaves_time_for_what_may_wait(stage: Stage) -> None:
 def test_work_leaves_no_time_for_what_may_wait(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the active engine has work there is no pause, however short one would be."""
+    """While the active engine has work, no pause occurs, however short one would be."""
     stage.activate("a")
     stage.a.send(10**9)
     stage.do(lambda: None)
@@ -336,7 +336,7 @@ def test_work_leaves_no_time_for_what_may_wait(
 
 
 def test_loop_tells_its_state(stage: Stage) -> None:
-    """Logs and failing tests can be read."""
+    """The loop's state is readable in logs and failing tests."""
     stage.activate("b")
 
     assert "<EngineLoop active=b engines=['a', 'b']>" == repr(stage.loop)

@@ -1,4 +1,4 @@
-"""`max_wait` on a whole server: whatever runs on other models, and for however long."""
+"""`max_wait` on a whole server, whatever runs on other models, and for however long."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.slow
 ALIASES = ("llama", "qwen", "mistral")
 TOKEN_S = 0.5
 LONG = 140
-"""Tokens of a stream that runs for 70 s: longer than a drain waits for it."""
+"""Tokens of a stream that runs for 70 s, which is longer than a drain waits."""
 SLACK_S = 0.05
 
 
 def stubborn(snapshot: Snapshot) -> Decision:
-    """A policy of somebody else's: always to the last model, and never parks."""
+    """A third-party policy that always switches to the last model, and never parks."""
     return SwitchTo(snapshot.others[-1].alias)
 
 
@@ -41,7 +41,7 @@ EVERY: dict[str, Policy] = {
 
 
 def longest_switch_s(cost_s: float) -> float:
-    """Of one for somebody who is due."""
+    """Return the longest time of one switch for an overdue request."""
     return max(WORKED_S, 2 * cost_s) + cost_s + SLACK_S
 
 
@@ -77,8 +77,8 @@ def settings_of(cost_s: float, **other: object) -> dict[str, object]:
 def test_nobody_waits_longer_than_promised(
     policy: Policy, requests: list[Asked], cost_s: float, max_wait_s: float
 ) -> None:
-    """`max_wait`, then the switch under way and one to each model at most: no drain of a stream of
-    70 s is waited for, and every stream comes to its end all the same.
+    """A request waits at most `max_wait`, the switch under way and one per model: no drain of a 70
+    s stream is waited for, and every stream still comes to its end.
     """
 
     async def ask(server: Server, one: Asked) -> float:
@@ -112,7 +112,7 @@ def test_nobody_waits_longer_than_promised(
 
 
 def test_a_long_stream_is_parked_for_a_request_that_is_due(play: Play) -> None:
-    """Though `batch` would wait for it, and the drain might take a minute."""
+    """A due request parks a long stream, although `batch` would wait up to a minute for it."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=LONG)
@@ -132,7 +132,7 @@ def test_a_long_stream_is_parked_for_a_request_that_is_due(play: Play) -> None:
 
 @pytest.mark.parametrize("late", ["llama", "qwen", "mistral"])
 def test_a_request_that_comes_in_a_drain_and_is_due_ends_it(play: Play, late: str) -> None:
-    """For whichever model it is: the one that is drained, the target, or a third one."""
+    """A request that becomes due ends a drain, be it for source, target or a third model."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=LONG)
@@ -155,7 +155,7 @@ def test_a_request_that_comes_in_a_drain_and_is_due_ends_it(play: Play, late: st
 
 
 def test_who_leaves_before_it_is_due_shortens_no_drain(play: Play) -> None:
-    """What runs has its time back."""
+    """A request that leaves before it is due shortens no drain: running ones keep their time."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=40)
@@ -179,7 +179,7 @@ def test_who_leaves_before_it_is_due_shortens_no_drain(play: Play) -> None:
 
 
 def test_two_who_are_due_are_served_in_the_order_in_which_they_are(play: Play) -> None:
-    """Whatever their priority; neither waits for what the other one's model has begun."""
+    """Two due requests are served in the order of their due times, whatever their priority."""
 
     async def story(server: Server) -> None:
         streams = [server.stream(alias, words=LONG) for alias in ALIASES]
@@ -199,7 +199,7 @@ def test_two_who_are_due_are_served_in_the_order_in_which_they_are(play: Play) -
 
 
 def test_max_wait_counts_from_the_arrival(play: Play) -> None:
-    """Not from when the frontend has looked at the request, nor from the end of a load."""
+    """`max_wait` counts from arrival, not from the frontend's check or the end of a load."""
 
     async def story(server: Server) -> None:
         server.host.hold("load", "mistral")
@@ -216,7 +216,7 @@ def test_max_wait_counts_from_the_arrival(play: Play) -> None:
 
 
 def test_what_cannot_be_parked_is_waited_for(play: Play) -> None:
-    """The target needs its memory: nobody who was accepted is ended, so `max_wait` is no bound."""
+    """If requests cannot be parked, the switch waits and aborts none, even beyond `max_wait`."""
 
     async def story(server: Server) -> None:
         long = server.stream("llama", words=40)
@@ -240,7 +240,7 @@ def test_what_cannot_be_parked_is_waited_for(play: Play) -> None:
 
 
 def test_a_parked_stream_goes_on_before_it_would_be_ended(play: Play) -> None:
-    """Though it may wait for longer than anybody is parked, and its model's turn never comes."""
+    """A parked stream continues before its park time ends, even if its model never gets a turn."""
 
     async def keep_busy(server: Server) -> None:
         while True:

@@ -1,4 +1,4 @@
-"""Finding `model` in a body: right for every body, quick for hostile ones, never raising."""
+"""Finding `model` in a body: correct for every body, fast for hostile ones, never raising."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ bodies = st.dictionaries(st.sampled_from(["model", "messages", ""]) | st.text(),
 
 
 def with_escapes(text: str) -> str:
-    """The JSON string of `text` with every character escaped."""
+    """Return the JSON string of `text` with every character escaped."""
     units = text.encode("utf-16-be", "surrogatepass")
     return (
         '"' + "".join(f"\\u{units[i]:02x}{units[i + 1]:02x}" for i in range(0, len(units), 2)) + '"'
@@ -60,7 +60,7 @@ ENCODINGS = [
 
 
 def scanned(body: bytes, piece_bytes: int = 7) -> str | None:
-    """The `model` that a scan finds, in pieces that are far smaller than a server's."""
+    """Return the `model` that a scan finds, in pieces that are far smaller than a server's."""
     found = at_once(scan(body, KEYS, piece_bytes)).found.get("model")
     return found if isinstance(found, str) else None
 
@@ -70,7 +70,7 @@ def from_form(body: bytes, content_type: str) -> str | None:
 
 
 both_ways = pytest.mark.parametrize("find", [from_json, scanned], ids=["parsed", "scanned"])
-"""Small bodies are parsed and larger ones scanned; what is found is the same."""
+"""Small bodies are parsed and larger ones scanned, with the same result."""
 
 Find = Callable[[bytes], str | None]
 
@@ -82,7 +82,7 @@ Find = Callable[[bytes], str | None]
 def test_scan_finds_what_parsing_finds(
     body: dict[str, Any], ensure_ascii: bool, indent: int | None, encoding: str
 ) -> None:
-    """For any JSON object in any encoding that `json.loads` knows, wherever a piece ends."""
+    """A scan finds what `json.loads` finds, for any object and encoding, wherever a piece ends."""
     text = json.dumps(body, ensure_ascii=ensure_ascii, indent=indent)
     raw = text.encode(encoding, "surrogatepass")
     model = json.loads(raw).get("model")
@@ -93,7 +93,7 @@ def test_scan_finds_what_parsing_finds(
 
 @given(st.lists(st.tuples(st.sampled_from((*KEYS, "x")), values), max_size=6), st.integers(1, 99))
 def test_the_last_of_equal_keys_counts(items: list[tuple[str, Any]], piece_bytes: int) -> None:
-    """As for `json.loads`, which vLLM reads bodies with: nobody is routed by another one."""
+    """The last of equal keys counts, as in `json.loads`, which vLLM uses, so both agree."""
     raw = ("{" + ", ".join(f'"{key}": {json.dumps(value)}' for key, value in items) + "}").encode()
 
     read = json.loads(raw)
@@ -108,14 +108,14 @@ def test_the_last_of_equal_keys_counts(items: list[tuple[str, Any]], piece_bytes
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("size", [0, 2 * SMALL_BYTES])
 def test_encoding_does_not_hide_the_model(encoding: str, size: int) -> None:
-    """With a byte order mark or without, in UTF-8, UTF-16 and UTF-32, small or large."""
+    """The model is found in UTF-8, -16 and -32, with or without a byte order mark, at any size."""
     body = json.dumps({"prompt": "é" * size, "model": "模型"}, ensure_ascii=False).encode(encoding)
 
     assert "模型" == json.loads(body)["model"] == from_json(body)
 
 
 def test_fields_of_one_body_are_found_together() -> None:
-    """The model, the response that it goes on from, and whether it is to be a stream."""
+    """The model, the previous response and `stream` are found together in one body."""
     large = {"input": "x" * SMALL_BYTES}
     body = {"stream": True, "previous_response_id": "r", "model": "a"}
 
@@ -125,7 +125,7 @@ def test_fields_of_one_body_are_found_together() -> None:
 
 
 def test_text_beyond_all_bounds_is_refused() -> None:
-    """No name is as long; it is neither passed over nor repeated in a message."""
+    """A name beyond every limit is refused; it is neither ignored nor repeated in a message."""
     body = json.dumps({"model": "a" * MAX_TEXT_BYTES}).encode()
 
     with pytest.raises(TooLong, match=r"^model$"):
@@ -137,7 +137,7 @@ def test_text_beyond_all_bounds_is_refused() -> None:
     [b"[],", b'"",', b'{"a":"b"},', b'"word",', b"1,", b"[1,2,3],", b'"\\",', b" ", b'"model",'],
 )
 def test_large_body_is_looked_at_in_pieces(unit: bytes) -> None:
-    """Between two pieces everybody else has a turn, whatever is in them."""
+    """A large body is scanned in pieces, and other tasks get a turn between two pieces."""
     items = unit * (TWO_MB // len(unit)) + b"1"
 
     pieces = sum(1 for _ in json_fields(b'{"input": [' + items + b'], "model": "a"}'))
@@ -147,7 +147,7 @@ def test_large_body_is_looked_at_in_pieces(unit: bytes) -> None:
 
 @pytest.mark.parametrize("unit", [b"1,", b"[],"])
 def test_no_shape_costs_more_turns_than_its_size(unit: bytes) -> None:
-    """One for each piece, and one to spare."""
+    """A scan takes one turn per piece, and one to spare, whatever the shape of the body."""
     body = b'{"input": [' + unit * MANY + b'1], "model": "a"}'
 
     assert sum(1 for _ in json_fields(body)) <= len(body) // PIECE_BYTES + 1
@@ -168,9 +168,9 @@ def test_no_shape_costs_more_turns_than_its_size(unit: bytes) -> None:
     ],
 )
 def test_no_key_costs_more_than_another(unit: bytes) -> None:
-    """Keys that are looked for, and what resembles them: neither more turns, nor a loop over them.
+    """Wanted keys and keys that resemble them cost neither more turns nor a loop over them.
 
-    What is counted are calls that the interpreter makes; they are as many for each piece.
+    The test counts the calls that the interpreter makes; they are as many for each piece.
     """
     body = b"{" + unit * MANY + b'"model": "a"}'
     plain = b"{" + b'"x":1,' * (len(body) // 6) + b'"model": "a"}'
@@ -200,7 +200,7 @@ def test_no_key_costs_more_than_another(unit: bytes) -> None:
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-le"]),
 )
 def test_halves_of_surrogate_pairs_are_found(parts: list[str], encoding: str) -> None:
-    """Wherever `json.loads` would read one, however it is written; and nowhere else."""
+    """Halves of surrogate pairs are found wherever `json.loads` reads one, and nowhere else."""
     raw = f'{{"prompt": ["{"".join(parts)}"]}}'.encode(encoding, "surrogatepass")
     is_whole = "".join(json.loads(raw)["prompt"]).encode("utf-8", "replace").count(b"?") == 0
 
@@ -212,7 +212,7 @@ def test_halves_of_surrogate_pairs_are_found(parts: list[str], encoding: str) ->
 
 
 def calls_of(body: bytes) -> int:
-    """How many functions, of Python or of C, are called to find the fields of a body."""
+    """Count the functions, of Python or of C, that are called to find the fields of a body."""
     calls = 0
 
     def count(_frame: object, _event: str, _of: object) -> None:
@@ -255,7 +255,7 @@ written_values = st.sampled_from(
 def test_keys_are_told_from_values_however_they_are_written(
     items: list[tuple[str, ...]], piece_bytes: int
 ) -> None:
-    """With escapes, with space around them, cut by the end of a piece: as `json.loads` has it."""
+    """Keys and values are told apart as by `json.loads`, despite escapes, space and cut pieces."""
     written = (f"{a}{key}{b}:{c}{value}{d}" for a, key, b, c, value, d in items)
     raw = ("{" + ",".join(written) + "}").encode()
 
@@ -270,7 +270,7 @@ def test_keys_are_told_from_values_however_they_are_written(
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"])), st.integers(0, 3), bodies)
 def test_model_is_found_at_any_position(model: str, position: int, body: dict[str, Any]) -> None:
-    """It does not matter what comes before it or after it."""
+    """The model is found whatever comes before it or after it."""
     items = [item for item in body.items() if item[0] != "model"]
     items.insert(position, ("model", model))
 
@@ -326,7 +326,7 @@ def test_escaped_key_and_value_are_found(model: str) -> None:
     ],
 )
 def test_json_by_example(find: Find, body: bytes, expected: str | None) -> None:
-    """Space, escapes, nesting, look-alikes, other types, and bodies that are no JSON object."""
+    """Space, escapes, nesting, look-alikes, other types and non-objects give the right model."""
     assert expected == find(body)
 
 
@@ -354,7 +354,7 @@ def test_json_never_raises(body: bytes) -> None:
     ids=["backslashes", "quotes", "odd", "open", "pairs", "space", "no colon", "empty", "numbers"],
 )
 def test_hostile_json_is_read_once(body: bytes) -> None:
-    """Megabytes that would take a careless scan hours end like any other test."""
+    """Megabytes of hostile JSON are read once, not in the hours of a careless scan."""
     assert None is from_json(body)
 
 
@@ -369,7 +369,7 @@ def test_huge_string_before_the_model_is_stepped_over() -> None:
 
 
 def multipart(*parts: tuple[str, bytes], boundary: str = "b") -> bytes:
-    """A multipart body of parts, each with its header and its content."""
+    """Return a multipart body of parts, each with its header and its content."""
     written = [
         f"--{boundary}\r\n{header}\r\n\r\n".encode() + content + b"\r\n"
         for header, content in parts
@@ -397,7 +397,7 @@ FILE = 'Content-Disposition: form-data; name="file"; filename="a.wav"\r\nContent
     ],
 )
 def test_multipart_field_is_found(body: bytes) -> None:
-    """Before or after a file, with other headers, the last one of two, as vLLM reads it."""
+    """A multipart field is found beside files and other headers; of two, the last, as in vLLM."""
     assert "whisper" == from_form(body, MULTIPART)
 
 
@@ -415,13 +415,13 @@ def test_multipart_field_is_found(body: bytes) -> None:
     ],
 )
 def test_multipart_without_the_field_gives_none(body: bytes, content_type: str) -> None:
-    """No field, a file of that name, no or another boundary, a body that is cut or no form."""
+    """A multipart body that is cut or lacks a boundary or the field gives None; so does a file."""
     assert None is from_form(body, content_type)
 
 
 @given(st.integers(0, 200))
 def test_multipart_field_is_found_wherever_a_chunk_ends(before: int) -> None:
-    """The body is fed in pieces; one may end inside the field's header or value."""
+    """A multipart field is found wherever a chunk ends, also inside its header or value."""
     file = b"x" * (FORM_PIECE_BYTES - 300 + before)
 
     assert "whisper" == from_form(multipart((FILE, file), (MODEL, b"whisper")), MULTIPART)
@@ -436,14 +436,14 @@ def test_huge_file_before_the_field_is_stepped_over() -> None:
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_urlencoded_field_is_found(model: str) -> None:
-    """Percent signs, plus signs and any character of a value come back as they were."""
+    """Percent signs, plus signs and any character of a urlencoded value are decoded."""
     body = urlencode({"prompt": "a&b", "model": model}).encode()
 
     assert model == from_form(body, URLENCODED)
 
 
 def test_urlencoded_field_is_found_as_vllm_reads_it() -> None:
-    """The last one of two, its name escaped or not, wherever a piece ends."""
+    """The last of two urlencoded fields counts, escaped or not, wherever a piece ends."""
     before = urlencode({"prompt": "&" * FORM_PIECE_BYTES, "model": "first"})
 
     for more in range(9):
@@ -453,7 +453,7 @@ def test_urlencoded_field_is_found_as_vllm_reads_it() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"prompt=model", b"\xff\xff=%ff"])
 def test_urlencoded_without_the_field_gives_none(body: bytes) -> None:
-    """There is none."""
+    """A urlencoded body without the field gives None."""
     assert None is from_form(body, URLENCODED + "; charset=utf-8")
 
 
@@ -482,7 +482,7 @@ def test_form_never_raises(body: bytes, content_type: str) -> None:
     ],
 )
 def test_query_parameter_is_found(query: bytes, expected: str | None) -> None:
-    """The first `model`, decoded; None without one."""
+    """The first `model` of the query is found and decoded; without one the answer is None."""
     assert expected == from_query(query)
 
 
@@ -501,7 +501,7 @@ def test_query_never_raises(query: bytes) -> None:
     ],
 )
 def test_values_are_counted_at_every_depth_and_not_in_texts(body: object, values: int) -> None:
-    """What a parser builds: one more than the limit is refused, as many as the limit are not."""
+    """Parsed values count at every depth, not inside texts; only more than the limit is refused."""
     raw = json.dumps(body).encode()
 
     at_once(scan(raw, ("model",), 1000, values))

@@ -1,4 +1,4 @@
-"""Which requests a model's application is taken to have routes for: those that it has."""
+"""The server takes a model's application to have exactly the routes that it has."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ROUTES = ModelRoutes.of(("generate",), APP.routes, without={"/gone"})
     ],
 )
 def test_route_that_the_application_has_is_known(method: str, path: str) -> None:
-    """Of every kind; a slash at the end is redirected away by the application."""
+    """Routes of every kind are known; the application redirects away a slash at the end."""
     assert ROUTES.serve(method, path)
 
 
@@ -70,12 +70,12 @@ def test_route_that_the_application_has_is_known(method: str, path: str) -> None
     ],
 )
 def test_route_that_the_application_does_not_have_is_not(method: str, path: str) -> None:
-    """Nor is one that it is told to leave out."""
+    """A route that the application lacks, or was told to leave out, is unknown."""
     assert not ROUTES.serve(method, path)
 
 
 def test_route_that_cannot_be_looked_into_is_left_to_the_application() -> None:
-    """It might answer anything."""
+    """A route that cannot be inspected is left to the application: it might answer anything."""
     routes = ModelRoutes.of((), [Host("api.example", Starlette())])
 
     assert routes.serve("POST", "/whatever")
@@ -96,5 +96,5 @@ def test_route_that_cannot_be_looked_into_is_left_to_the_application() -> None:
 def test_request_is_told_by_its_method_and_its_path(
     scope: dict[str, str], expected: tuple[str, str]
 ) -> None:
-    """Without the prefix of a proxy."""
+    """A request is matched by method and path, without the prefix of a proxy."""
     assert expected == request_of(scope)

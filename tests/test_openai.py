@@ -13,7 +13,7 @@ CUT = DrainCut("llama", "qwen", 1.0)
 
 
 def test_error_is_openais_object() -> None:
-    """Message, type, param and code, and nothing else."""
+    """An error has OpenAI's message, type, param and code, and nothing else."""
     response = error_response(UnknownModel("gpt", ["llama"]))
 
     assert 404 == response.status_code
@@ -37,7 +37,7 @@ def test_error_is_openais_object() -> None:
     ],
 )
 def test_headers_say_what_to_do(error: HotswapError, header: str, value: str | None) -> None:
-    """`Retry-After` where it is known, `WWW-Authenticate` where a key is missing."""
+    """Errors carry `Retry-After` where the time is known, and `WWW-Authenticate` without a key."""
     assert value == error_response(error).headers.get(header)
 
 

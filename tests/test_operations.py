@@ -1,4 +1,4 @@
-"""The routes that move models, plan, and tell of what happens: what they take and answer."""
+"""The routes that move models, plan, and report events: their requests and responses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def size(mib: int) -> dict[str, int]:
 async def test_move_answers_with_what_it_did(
     server: Server, alias: str, name: str, body: dict[str, Any], before: str, after: str
 ) -> None:
-    """Where the model was and is, how long that took, and who made room."""
+    """A move reports where the model was and is, how long it took, and which models made room."""
     response = await server.operate(alias, name, **body)
 
     answer = response.json()
@@ -60,7 +60,7 @@ async def test_move_answers_with_what_it_did(
 
 
 async def test_load_answers_with_who_made_room(make_server: MakeServer) -> None:
-    """Each with what that freed, and what it costs to come back."""
+    """A load lists the models that made room, with what each freed and costs to bring back."""
     server = await make_server(budget=Usage(5 * MIB))
 
     answer = (await server.operate("mistral", "load")).json()
@@ -77,7 +77,7 @@ async def test_load_answers_with_who_made_room(make_server: MakeServer) -> None:
 
 
 async def test_prefetch_answers_with_what_was_read(server: Server) -> None:
-    """In bytes; the model stays where it is."""
+    """A prefetch reports the bytes read; the model stays where it is."""
     answer = (await server.operate("mistral", "prefetch")).json()
 
     assert ("prefetch", "cold", False, MIB) == tuple(
@@ -86,7 +86,7 @@ async def test_prefetch_answers_with_what_was_read(server: Server) -> None:
 
 
 async def test_cancelled_prefetch_says_so(server: Server) -> None:
-    """And nothing else."""
+    """A cancelled prefetch reports the cancellation and nothing else."""
     answer = (await server.operate("mistral", "prefetch", cancel=True)).json()
 
     assert {"operation": "prefetch", "model": "mistral", "cancelled": True} == answer
@@ -98,7 +98,7 @@ async def test_cancelled_prefetch_says_so(server: Server) -> None:
 async def test_pin_answers_with_what_holds_now(
     server: Server, body: dict[str, bool], pinned: bool
 ) -> None:
-    """Without a body it pins; status shows it."""
+    """A pin reports the resulting state; without a body it pins, and status shows it."""
     answer = (await server.operate("qwen", "pin", **body)).json()
 
     assert {"operation": "pin", "model": "qwen", "pinned": pinned} == answer
@@ -109,7 +109,7 @@ async def test_pin_answers_with_what_holds_now(
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("content", [b"", b"{}", b" {} "])
 async def test_body_may_be_left_out(server: Server, name: str, content: bytes) -> None:
-    """Every operation has its defaults."""
+    """Every operation has defaults, so its body can be left out."""
     response = await server.post(f"/admin/models/qwen/{name}", content=content)
 
     assert (200, name) == (response.status_code, response.json()["operation"])
@@ -149,7 +149,7 @@ async def test_body_may_be_left_out(server: Server, name: str, content: bytes) -
 async def test_body_that_is_wrong_is_refused(
     server: Server, name: str, content: bytes, param: str | None, message: str
 ) -> None:
-    """400, `param` names the field; nothing happens."""
+    """A wrong body gets 400 with `param` naming the field, and nothing happens."""
     response = await server.post(f"/admin/models/qwen/{name}", content=content)
 
     error = response.json()["error"]
@@ -176,7 +176,7 @@ async def test_body_that_is_wrong_is_refused(
 async def test_refusals_are_openai_errors(
     make_server: MakeServer, alias: str, name: str, status: int, kind: str, error: str
 ) -> None:
-    """With the four fields that clients know."""
+    """Refused operations are OpenAI errors with the four fields that clients know."""
     server = await make_server(load=("llama",), budget=Usage(3 * MIB))
 
     response = await server.operate(alias, name)
@@ -197,7 +197,7 @@ async def test_refusals_are_openai_errors(
     ],
 )
 async def test_anything_else_is_no_operation(server: Server, method: str, path: str) -> None:
-    """404 with the code of an unknown route."""
+    """An unknown operation gets 404 with the code of an unknown route."""
     answer = await server.request(method, path, b"").finish()
 
     assert (404, "unknown_route") == (answer.status, answer.error["code"])
@@ -206,7 +206,7 @@ async def test_anything_else_is_no_operation(server: Server, method: str, path: 
 
 @pytest.mark.parametrize("alias", ["org/model", "a/b/c", "load", "x/load", "q?v=1", "a#b", "ä b"])
 async def test_alias_may_have_any_characters(make_server: MakeServer, alias: str) -> None:
-    """Slashes, names of operations, and what means something else in addresses."""
+    """An alias may contain slashes, names of operations, and characters special in addresses."""
     server = await make_server(aliases=("llama", alias), load=("llama",))
 
     answer = await server.request("POST", f"/admin/models/{alias}/load", b"").finish()
@@ -221,12 +221,12 @@ async def test_alias_may_have_any_characters(make_server: MakeServer, alias: str
 async def test_paths_may_end_in_a_slash_or_begin_with_a_proxys_prefix(
     server: Server, path: str, root: str
 ) -> None:
-    """As everywhere else."""
+    """Paths may end in a slash or begin with a proxy's prefix, as everywhere else."""
     assert 200 == (await server.request("POST", path, b"", root_path=root).finish()).status
     assert "asleep" == server.residency("qwen")
 
 
-# --- who may do what ------------------------------------------------------------------------
+# --- access ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -243,7 +243,7 @@ async def test_paths_may_end_in_a_slash_or_begin_with_a_proxys_prefix(
 async def test_operations_need_an_admin_key_or_dev_mode(
     make_server: MakeServer, access: Access, headers: dict[str, str], status: int, name: str
 ) -> None:
-    """Whoever may only ask questions moves nothing."""
+    """Operations need an admin key or dev mode; a user key moves nothing."""
     server = await make_server(access=access)
 
     response = await server.post(f"/admin/models/qwen/{name}", headers=headers)
@@ -261,7 +261,7 @@ async def test_operations_need_an_admin_key_or_dev_mode(
 async def test_plan_needs_a_user_key(
     make_server: MakeServer, headers: dict[str, str], status: int
 ) -> None:
-    """It changes nothing."""
+    """A plan needs only a user key, because it changes nothing."""
     server = await make_server(access=Access(user_keys=("user",), admin_keys=("admin",)))
 
     response = await server.get("/admin/plan", params={"model": "qwen"}, headers=headers)
@@ -273,7 +273,7 @@ async def test_plan_needs_a_user_key(
 
 
 async def test_plan_says_what_a_switch_would_do(make_server: MakeServer) -> None:
-    """Who would move, what that costs, and memory at each moment; nothing is done."""
+    """A plan lists moves, their costs, and memory at each moment; it changes nothing."""
     server = await make_server(load=("llama",), budget=Usage(3 * MIB))
 
     response = await server.get("/admin/plan", params={"model": "mistral"})
@@ -307,7 +307,7 @@ async def test_plan_says_what_a_switch_would_do(make_server: MakeServer) -> None
 
 
 async def test_plan_is_what_the_switch_then_does(make_server: MakeServer) -> None:
-    """The same evictions, although requests of the source are still running."""
+    """The switch then evicts what its plan listed, although the source has running requests."""
     server = await make_server(
         load=("llama",), budget=Usage(2 * MIB), settings={"llama": FakeSettings()}
     )
@@ -325,14 +325,14 @@ async def test_plan_is_what_the_switch_then_does(make_server: MakeServer) -> Non
 async def test_plan_for_a_model_that_is_up_is_empty(
     server: Server, alias: str, cost_s: float
 ) -> None:
-    """There is nothing to bring up."""
+    """A plan for a model that is up is empty, because there is nothing to bring up."""
     answer = (await server.get("/admin/plan", params={"model": alias})).json()
 
     assert ([], None, cost_s) == (answer["evict"], answer["bring_up"], answer["cost_s"])
 
 
 async def test_cost_of_a_plan_is_what_was_measured(make_server: MakeServer) -> None:
-    """Once a model has been loaded, its next load is expected to take as long."""
+    """A plan's cost is the measured one: after a load, the next is expected to take as long."""
     server = await make_server(load=("llama",), settings={"qwen": FakeSettings(load_s=0.02)})
     await server.operate("qwen", "load")
     await server.operate("qwen", "unload")
@@ -354,7 +354,7 @@ async def test_cost_of_a_plan_is_what_was_measured(make_server: MakeServer) -> N
 async def test_plan_that_cannot_be_made_says_why(
     make_server: MakeServer, query: str, status: int, code: str, param: str | None
 ) -> None:
-    """With the arithmetic, where there is no room."""
+    """A plan that cannot be made gives the reason, with the arithmetic if there is no room."""
     server = await make_server(load=("llama",), budget=Usage(3 * MIB))
     await server.operate("llama", "pin")
 
@@ -382,7 +382,7 @@ async def events_until(stream: Stream, last: str) -> list[tuple[str, dict[str, A
 
 
 async def test_events_begin_with_the_status(server: Server) -> None:
-    """The same object that `/admin/status` answers."""
+    """Events begin with the same object that `/admin/status` answers."""
     stream = server.request("GET", "/admin/events")
     name, snapshot = await next_event(stream)
 
@@ -399,7 +399,7 @@ async def test_events_begin_with_the_status(server: Server) -> None:
 
 
 async def test_events_tell_the_story_of_a_switch(make_server: MakeServer) -> None:
-    """Phases, residencies and moves, with the switch's id, in the order in which they happened."""
+    """A switch's phases, residencies and moves are events with its id, in order of time."""
     server = await make_server(load=("llama",), budget=Usage(3 * MIB))
     stream = server.request("GET", "/admin/events")
     await next_event(stream)
@@ -441,7 +441,7 @@ async def test_events_tell_the_story_of_a_switch(make_server: MakeServer) -> Non
 
 
 async def test_events_tell_of_operations(server: Server) -> None:
-    """Who moved, and who was pinned."""
+    """Moves and pins are events that name the model."""
     stream = server.request("GET", "/admin/events")
     await next_event(stream)
 
@@ -456,7 +456,7 @@ async def test_events_tell_of_operations(server: Server) -> None:
 
 
 async def test_events_are_a_stream_of_server_sent_events(server: Server) -> None:
-    """A client that leaves is forgotten."""
+    """Events are server-sent events, and a client that leaves is forgotten."""
     stream = server.request("GET", "/admin/events")
     await next_event(stream)
     assert "<EventFeed subscribers=1>" == repr(server.app.feed)
@@ -470,7 +470,7 @@ async def test_events_are_a_stream_of_server_sent_events(server: Server) -> None
 
 
 async def test_events_end_with_the_server(server: Server) -> None:
-    """Nobody waits for ever, and what is asked later is short."""
+    """When the server ends, event streams end; a later call gets a short one."""
     stream = server.request("GET", "/admin/events")
     await next_event(stream)
 
@@ -487,7 +487,7 @@ async def test_events_end_with_the_server(server: Server) -> None:
 async def test_events_need_a_user_key(
     make_server: MakeServer, headers: list[tuple[bytes, bytes]], status: int
 ) -> None:
-    """They tell as much as the status does."""
+    """Events need a user key, because they reveal as much as the status."""
     server = await make_server(access=Access(user_keys=("user",)))
     server.app.feed.close()
 

@@ -1,4 +1,4 @@
-"""Tasks of large calls leave the event loop to others after a few steps."""
+"""Tasks of large calls yield the event loop to others after a few steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MANY = 100
 
 
 class Turns:
-    """Somebody else, who uses every turn of the loop and counts them."""
+    """Another task, which uses every turn of the loop and counts them."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -33,12 +33,12 @@ class Turns:
             await asyncio.sleep(0)
 
     def note(self) -> None:
-        """A step is taken in this turn."""
+        """Note that a step ran in this turn."""
         self.steps.append(self.now)
 
     @property
     def most(self) -> int:
-        """Steps in one turn."""
+        """Return the largest number of steps in one turn."""
         return max(Counter(self.steps).values())
 
     def stop(self) -> None:
@@ -60,7 +60,7 @@ async def turns(pace: Pace) -> AsyncIterator[Turns]:
 
 @contextmanager
 def call(requests: int) -> Iterator[None]:
-    """Inside, tasks are made for a call of so many engine requests."""
+    """Make tasks inside belong to a call of so many engine requests."""
     token = current_lease.set(Lease("llama", 1, None, calls=requests))
     try:
         yield
@@ -69,7 +69,7 @@ def call(requests: int) -> Iterator[None]:
 
 
 async def test_tasks_of_a_large_call_take_few_steps_in_a_turn(turns: Turns) -> None:
-    """When they begin, and when all of them can go on at once; the results are their own."""
+    """A large call's tasks run few steps per turn, at the start and when all are ready at once."""
     ready = asyncio.Event()
 
     async def work(number: int) -> int:
@@ -93,7 +93,7 @@ async def test_tasks_of_a_large_call_take_few_steps_in_a_turn(turns: Turns) -> N
 
 
 async def test_large_calls_share_the_places(turns: Turns) -> None:
-    """Together they take no more than one, and none waits for all of another's tasks."""
+    """Large calls together take no more places than one, and none waits for all of another."""
     done: list[str] = []
 
     async def work(name: str) -> None:
@@ -112,7 +112,7 @@ async def test_large_calls_share_the_places(turns: Turns) -> None:
 
 
 async def test_tasks_of_others_are_as_they_were(turns: Turns) -> None:
-    """Of calls of one request, and of whoever has no lease."""
+    """Tasks of single-request calls, or without a lease, are not slowed down."""
 
     async def work() -> None:
         turns.note()
@@ -126,7 +126,7 @@ async def test_tasks_of_others_are_as_they_were(turns: Turns) -> None:
 
 
 async def test_one_task_may_wait_for_its_turn_by_itself(pace: Pace, turns: Turns) -> None:
-    """Between the parts of a long loop."""
+    """A task can yield between the parts of a long loop."""
 
     async def work() -> None:
         for _ in range(MANY):
@@ -143,7 +143,7 @@ async def test_one_task_may_wait_for_its_turn_by_itself(pace: Pace, turns: Turns
 
 
 async def test_a_client_that_leaves_is_no_single_turn(turns: Turns) -> None:
-    """All tasks of its call are cancelled at once; what they do then is spread, too."""
+    """When a client leaves, its call's tasks are cancelled at once, but their cleanup is spread."""
 
     async def work() -> None:
         try:
@@ -165,7 +165,7 @@ async def test_a_client_that_leaves_is_no_single_turn(turns: Turns) -> None:
 
 
 async def test_a_task_that_is_cancelled_early_is_cancelled(turns: Turns) -> None:
-    """Before its first step, and while it waits for a place, even if it is told again and again."""
+    """Cancelling works before the first step, while waiting for a place, and when repeated."""
     ended: list[int] = []
 
     async def work(number: int) -> None:
@@ -189,7 +189,7 @@ async def test_a_task_that_is_cancelled_early_is_cancelled(turns: Turns) -> None
 
 
 async def test_what_goes_wrong_is_raised(pace: Pace) -> None:
-    """Also by what is awaited; what has caught it goes on."""
+    """An exception is raised to the awaiting task too; a task that catches one continues."""
 
     async def fail() -> None:
         await asyncio.sleep(0)
@@ -208,7 +208,7 @@ async def test_what_goes_wrong_is_raised(pace: Pace) -> None:
 
 
 async def test_steps_of_generators_are_tasks_too(pace: Pace) -> None:
-    """vLLM makes one of each `anext`, and takes its end for an answer."""
+    """Each `anext` of vLLM's generators is a task, and its end reaches the caller."""
 
     async def numbers() -> AsyncGenerator[int, None]:
         yield 1
@@ -225,7 +225,7 @@ async def test_steps_of_generators_are_tasks_too(pace: Pace) -> None:
 
 
 async def test_task_groups_of_anyio_work(pace: Pace) -> None:
-    """Starlette's responses run in them; they look into the coroutines of their tasks."""
+    """anyio's task groups, which Starlette uses, can inspect the coroutines of paced tasks."""
     began: list[int] = []
 
     async def work(number: int) -> None:
@@ -243,7 +243,7 @@ async def test_task_groups_of_anyio_work(pace: Pace) -> None:
 
 
 async def test_a_loop_has_one_pace(pace: Pace) -> None:
-    """Of all models together."""
+    """All models together share one pace per loop."""
     assert pace is pace_tasks()
     assert f"<Pace left={PER_TURN} waiting=0>" == repr(pace)
 
@@ -264,7 +264,7 @@ closed: list[int] = []
 
 @pytest.mark.parametrize("generators", [1, 2, 50])
 async def test_what_generators_yield_is_merged(turns: Turns, generators: int) -> None:
-    """All of it, each with its number, in its order; they are closed at the end."""
+    """A merge yields every item with its generator's number, in order, and closes all at last."""
     closed.clear()
     with call(MANY):
         found = [pair async for pair in merged(*(numbers(n, 3) for n in range(generators)))]
@@ -275,7 +275,7 @@ async def test_what_generators_yield_is_merged(turns: Turns, generators: int) ->
 
 
 async def test_a_generator_that_fails_ends_the_merge(pace: Pace) -> None:
-    """And so does whoever takes no more: all of them are closed."""
+    """A failing generator, or a reader that stops early, ends the merge and closes them all."""
     closed.clear()
     with call(MANY):
         with pytest.raises(ValueError, match="told"):
@@ -290,7 +290,7 @@ async def test_a_generator_that_fails_ends_the_merge(pace: Pace) -> None:
 
 
 async def test_one_generator_is_not_merged_with_anything(turns: Turns) -> None:
-    """Most streams are one: no turn is spent on it, and its errors are its own."""
+    """A single generator, the common case, costs no turn, and its errors stay its own."""
     closed.clear()
 
     async def ready() -> AsyncGenerator[int, None]:
@@ -320,7 +320,7 @@ async def test_one_generator_is_not_merged_with_anything(turns: Turns) -> None:
 
 
 async def test_a_merge_of_what_is_ready_gives_the_event_loop_back(turns: Turns) -> None:
-    """After a few items, also while all of its generators have something to say."""
+    """A merge yields the event loop after a few items, even if all generators are ready."""
 
     async def ready() -> AsyncGenerator[int, None]:
         yield 1
@@ -336,7 +336,7 @@ async def test_a_merge_of_what_is_ready_gives_the_event_loop_back(turns: Turns) 
 async def test_events_that_are_ready_are_sent_a_few_in_a_turn(
     turns: Turns, requests: int, most: int
 ) -> None:
-    """All first events of a call's answers are: one task sends them, and waits for nothing."""
+    """Ready events of a large call are sent a few per turn, although one task sends them all."""
 
     async def note(_: Message) -> None:
         turns.note()

@@ -1,4 +1,4 @@
-"""What a wheel has: the package, with what its commands need, and nothing that developers run."""
+"""The contents of a wheel: the package, with what its commands need, and no developer tools."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The files of a wheel that is built from this tree."""
+    """Return the files of a wheel that is built from this tree."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True, timeout=120)
@@ -26,7 +26,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_a_wheel_has_one_package(names: list[str]) -> None:
-    """No benchmarks, no tools, no tests."""
+    """A wheel has the package alone: no benchmarks, no tools, no tests."""
     tops = {name.partition("/")[0] for name in names}
 
     assert ["vllm_hotswap"] == [top for top in tops if not top.endswith(".dist-info")]
@@ -45,12 +45,12 @@ def test_a_wheel_has_one_package(names: list[str]) -> None:
     ],
 )
 def test_a_wheel_has_what_commands_need(names: list[str], needed: str) -> None:
-    """`demo`, `serve --fake`, and the schema for editors."""
+    """A wheel has what `demo` and `serve --fake` need, and the schema for editors."""
     assert f"vllm_hotswap/{needed}" in names
 
 
 def test_a_wheel_has_every_module(names: list[str]) -> None:
-    """Of the tree as it is."""
+    """A wheel has every module of the tree."""
     package = ROOT / "src"
     modules = {str(file.relative_to(package)) for file in package.rglob("*.py")}
 

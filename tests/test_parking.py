@@ -35,20 +35,20 @@ park = partial(switch, drain_timeout=0, on_drain_timeout="park")
 
 
 async def parked_stream(server: Server, words: int = 8) -> Stream:
-    """A stream of llama that was parked after its first word; qwen is active."""
+    """Return a stream of llama that was parked after its first word; qwen is active."""
     stream = await server.start_stream("llama", words=words)
     await park(server, "qwen")
     return stream
 
 
 def choices_of(answer: Answer) -> list[object]:
-    """Of each event but the comments, what is not its answer's alone, as the id is."""
+    """Return each event except the comments, without what differs per response, as the id."""
     events = [event.removeprefix("data: ") for event in answer.events if event != ": parked"]
     return [json.loads(text)["choices"] if text.startswith("{") else text for text in events]
 
 
 def test_a_parked_stream_goes_on_where_it_was(play: Play) -> None:
-    """It is frozen while another model serves, and then ends as if nothing had been."""
+    """A parked stream is frozen while another model serves, then ends as if never parked."""
 
     async def story(server: Server) -> None:
         undisturbed = await (await server.start_stream("llama", words=8)).finish()
@@ -71,11 +71,11 @@ def test_a_parked_stream_goes_on_where_it_was(play: Play) -> None:
 
 
 def test_a_parked_stream_is_kept_open_with_comments(play: Play) -> None:
-    """Every few seconds, and only between two events."""
+    """A parked stream gets a comment every few seconds, only between two events."""
 
     async def story(server: Server) -> None:
         stream = await parked_stream(server)
-        await stream.next_event()  # which was on its way
+        await stream.next_event()  # was already on its way
         comments, times_s = [], []
 
         for _ in range(4):
@@ -91,7 +91,7 @@ def test_a_parked_stream_is_kept_open_with_comments(play: Play) -> None:
 
 
 def test_a_parked_request_without_a_stream_is_answered_later(play: Play) -> None:
-    """Nothing can be said in its answer meanwhile, and nothing is."""
+    """A parked request without a stream is answered later; nothing is sent in the meantime."""
 
     async def story(server: Server) -> None:
         server.host.hold("step", "llama")
@@ -110,7 +110,7 @@ def test_a_parked_request_without_a_stream_is_answered_later(play: Play) -> None
 
 
 def test_a_parked_request_may_sleep_with_its_model(play: Play) -> None:
-    """A model whose weights stay keeps its requests, however little room there is."""
+    """A parked request survives its model's sleep with weights, however little room there is."""
 
     async def story(server: Server) -> None:
         stream = await parked_stream(server)
@@ -125,7 +125,7 @@ def test_a_parked_request_may_sleep_with_its_model(play: Play) -> None:
 
 
 def test_a_parked_request_ends_when_its_model_must_be_unloaded(play: Play) -> None:
-    """Explicitly, and its engine is rid of it; the switch tells how many were lost."""
+    """A parked request whose model is unloaded ends with an error, and the switch counts it."""
 
     async def story(server: Server) -> None:
         stream = await server.start_stream("llama", words=8)
@@ -145,7 +145,7 @@ def test_a_parked_request_ends_when_its_model_must_be_unloaded(play: Play) -> No
 
 
 def test_a_parked_request_ends_when_its_time_is_over(play: Play) -> None:
-    """With an error that says so."""
+    """A parked request ends with an explicit error when its time is over."""
 
     async def story(server: Server) -> None:
         stream = await parked_stream(server)
@@ -161,7 +161,7 @@ def test_a_parked_request_ends_when_its_time_is_over(play: Play) -> None:
 
 
 def test_a_parked_request_ends_when_its_client_leaves(play: Play) -> None:
-    """At once, although nothing is sent to it."""
+    """A parked request ends at once when its client leaves, although nothing is sent to it."""
 
     async def story(server: Server) -> None:
         stream = await parked_stream(server)
@@ -175,7 +175,7 @@ def test_a_parked_request_ends_when_its_client_leaves(play: Play) -> None:
 
 
 def test_no_more_are_parked_than_may_be(play: Play) -> None:
-    """The oldest are; the others end with the error of a drain."""
+    """Only the oldest requests are parked, up to the limit; the others get the drain error."""
 
     async def story(server: Server) -> None:
         first = await server.start_stream("llama", words=8)
@@ -192,7 +192,7 @@ def test_no_more_are_parked_than_may_be(play: Play) -> None:
 
 
 def test_a_switch_may_refuse_to_end_anything(play: Play) -> None:
-    """409, and the source is still active as if nobody had asked."""
+    """A switch that aborts nothing gets 409, and the source stays active and unaffected."""
 
     async def story(server: Server) -> None:
         stream = await server.start_stream("llama", words=8)
@@ -213,7 +213,7 @@ def test_a_switch_may_refuse_to_end_anything(play: Play) -> None:
 
 
 def test_a_failed_switch_lets_parked_requests_go_on(play: Play) -> None:
-    """The source is back, and so are they."""
+    """After a failed switch the source is back, and its parked requests continue."""
 
     async def story(server: Server) -> None:
         stream = await server.start_stream("llama", words=8)
@@ -230,7 +230,7 @@ def test_a_failed_switch_lets_parked_requests_go_on(play: Play) -> None:
 
 
 def test_answers_of_parked_requests_wait_for_the_verdict(play: Play) -> None:
-    """Their engine was woken: it may have come back wrong, and is stepped to find out."""
+    """Output of parked requests is held until their woken engine is verified."""
 
     async def story(server: Server) -> None:
         stream = await parked_stream(server)
@@ -241,7 +241,7 @@ def test_answers_of_parked_requests_wait_for_the_verdict(play: Play) -> None:
         assert 503 == response.status_code
         assert "failed in phase verify" in response.text
         *told, error = (await stream.finish()).events
-        assert 2 == len(told)  # what was told, or on its way, when it was parked
+        assert 2 == len(told)  # what was sent, or on its way, when it was parked
         assert "parked_request_ended" in error
         assert {"llama": "cold", "qwen": "active"} == {
             alias: server.residency(alias) for alias in ("llama", "qwen")
@@ -252,7 +252,7 @@ def test_answers_of_parked_requests_wait_for_the_verdict(play: Play) -> None:
 
 
 def test_stop_ends_parked_requests_at_once(play: Play) -> None:
-    """Nobody will step them any more, however long running ones may take."""
+    """A stop ends parked requests at once, however long running ones may take."""
 
     async def story(server: Server) -> None:
         stream = await parked_stream(server)
@@ -270,7 +270,7 @@ def test_stop_ends_parked_requests_at_once(play: Play) -> None:
 
 
 def test_a_client_that_takes_in_nothing_is_let_go(play: Play) -> None:
-    """Its request ends, and its engine is free; one that reads slowly stays."""
+    """A request whose client reads nothing ends and frees its engine; a slow reader stays."""
 
     async def story(server: Server) -> None:
         watching = asyncio.create_task(server.app.router.let_go_of_stalled_clients())
@@ -292,7 +292,7 @@ def test_a_client_that_takes_in_nothing_is_let_go(play: Play) -> None:
 
 
 def test_a_model_has_no_more_in_flight_than_it_may(play: Play) -> None:
-    """One more gets 429."""
+    """A request beyond the limit in flight of its model gets 429."""
 
     async def story(server: Server) -> None:
         stream = await server.start_stream("llama", words=8)
@@ -307,7 +307,7 @@ def test_a_model_has_no_more_in_flight_than_it_may(play: Play) -> None:
 
 
 def test_switch_calls_are_limited(play: Play) -> None:
-    """A burst passes, then as many as the rate allows; calls for the active model do not count."""
+    """Switch calls pass in a burst, then at the rate; calls for the active model do not count."""
 
     async def story(server: Server) -> None:
         for alias in ("qwen", "llama", "qwen"):
@@ -324,7 +324,7 @@ def test_switch_calls_are_limited(play: Play) -> None:
 
 
 def test_held_requests_count_as_in_flight(play: Play) -> None:
-    """What waits for a switch is not more than the model may have then."""
+    """Requests held for a switch count toward their model's limit in flight."""
 
     async def story(server: Server) -> None:
         server.host.hold("activate", "qwen")
@@ -343,7 +343,7 @@ def test_held_requests_count_as_in_flight(play: Play) -> None:
 
 
 def test_a_parked_request_ends_when_its_model_cannot_be_woken(play: Play) -> None:
-    """Explicitly; nothing of it is left for the next load."""
+    """Parked requests end with an error if their model cannot be woken; the next load has none."""
 
     async def story(server: Server) -> None:
         stream = await parked_stream(server)

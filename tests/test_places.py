@@ -1,4 +1,4 @@
-"""Who has a connection: places for all, for each address, and those that are kept."""
+"""Connection places: for all, for each address, and those that are reserved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Client:
 
 
 def busy(places: Places, address: str | None, count: int) -> list[Client]:
-    """So many connections with a request each."""
+    """Open so many connections with a request each."""
     clients = [Client(places, address) for _ in range(count)]
     for client in clients:
         assert client.comes()
@@ -48,7 +48,7 @@ def busy(places: Places, address: str | None, count: int) -> list[Client]:
 
 
 def test_who_has_waited_longest_gives_way() -> None:
-    """Not who has a request under way."""
+    """The connection that has waited longest gives way, never one with a request under way."""
     places = Places(4)
     (first,) = busy(places, A, 1)
     second, third, fourth = (Client(places, address) for address in (A, B, B))
@@ -62,7 +62,7 @@ def test_who_has_waited_longest_gives_way() -> None:
 
 
 def test_no_address_has_all_places() -> None:
-    """Its own connection gives way, not those of others."""
+    """An address cannot fill all places: its own connections give way, not those of others."""
     places = Places(6)
     other = Client(places, B)
     assert other.comes()
@@ -75,7 +75,7 @@ def test_no_address_has_all_places() -> None:
 
 
 def test_an_address_whose_connections_are_busy_gets_no_more() -> None:
-    """Until one of them ends; others are served meanwhile."""
+    """An address whose connections are all busy gets no more until one ends; others are served."""
     places = Places(6)
     clients = busy(places, A, 3)
 
@@ -86,7 +86,7 @@ def test_an_address_whose_connections_are_busy_gets_no_more() -> None:
 
 
 def test_a_proxy_and_a_local_socket_have_no_bound_of_their_own() -> None:
-    """They stand for many clients."""
+    """A proxy and a local socket have no limit of their own: they stand for many clients."""
     places = Places(6, per_address=1, is_proxy=lambda address: address == A)
 
     busy(places, A, 3)
@@ -96,7 +96,7 @@ def test_a_proxy_and_a_local_socket_have_no_bound_of_their_own() -> None:
 
 
 def test_few_places_are_kept_and_no_address_has_them_all() -> None:
-    """A place beyond all others says that it is one."""
+    """Few places are reserved, no address gets them all, and a connection knows if it has one."""
     places = Places(64)
     busy(places, A, 28)
     busy(places, B, 28)
@@ -109,7 +109,7 @@ def test_few_places_are_kept_and_no_address_has_them_all() -> None:
 
 
 def test_a_place_is_given_back_once() -> None:
-    """However often its connection is told to end."""
+    """A place is given back once, however often its connection is told to end."""
     places = Places(2)
     (client,) = busy(places, A, 1)
 
@@ -131,7 +131,7 @@ def test_a_place_is_given_back_once() -> None:
     ],
 )
 def test_a_client_is_an_address_or_a_network_of_ipv6(one: str, other: str, same: bool) -> None:
-    """A client of IPv6 can choose among the addresses of its network."""
+    """A client is an IPv4 address or an IPv6 network, in which it can choose its address."""
     assert same is (network_of(one) == network_of(other))
 
 
@@ -141,7 +141,7 @@ REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 
 async def occupied(server: Server, port: int, count: int) -> list[Raw]:
-    """So many connections with a request that does not end."""
+    """Open so many connections with a request that does not end."""
     clients = []
     for _ in range(count):
         clients.append(await Raw.connect(port))
@@ -158,7 +158,7 @@ async def occupied(server: Server, port: int, count: int) -> list[Raw]:
 
 @pytest.fixture
 async def slow(make_server: MakeServer) -> Server:
-    """llama answers nobody."""
+    """A server whose llama answers no request."""
     return await make_server(
         settings={"llama": FakeSettings(token_s=3600)}, access=Access(admin_keys=["the-key"])
     )
@@ -167,7 +167,7 @@ async def slow(make_server: MakeServer) -> Server:
 async def test_health_checks_and_admins_are_served_where_all_connections_are_busy(
     slow: Server,
 ) -> None:
-    """Everybody else is told to retry, in the form of every error."""
+    """If all connections are busy, health checks and admins are served; others get 503."""
     limits = LimitsConfig(connections=16, connections_per_address=14)
     async with listening(slow, limits) as port:
         clients = await occupied(slow, port, 14)
@@ -193,7 +193,7 @@ PING = b"POST /ping HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r
 
 
 async def test_nobody_is_waited_for_who_needs_no_key(server: Server) -> None:
-    """The answer comes before the body, whose rest is not read for long."""
+    """A route that needs no key is answered before its body, whose rest is not read for long."""
     async with listening(server) as port:
         client = await Raw.connect(port)
         await client.send(PING)
@@ -214,7 +214,7 @@ async def test_kept_places_are_not_for_bodies_of_strangers(slow: Server) -> None
 
 
 async def test_connections_that_wait_shut_nobody_out(server: Server) -> None:
-    """However many there are: silent ones, ones with half a head, and ones that were answered."""
+    """Any number of silent, half-sent and answered connections leave room for others."""
     async with listening_with(server, LimitsConfig(connections=8)) as at:
         clients = []
         for number in range(40):
@@ -235,7 +235,7 @@ async def test_connections_that_wait_shut_nobody_out(server: Server) -> None:
 
 
 async def test_a_refused_client_is_told_where_even_kept_places_are_taken(slow: Server) -> None:
-    """Before it has asked for anything."""
+    """Where even reserved places are taken, a client is refused before it sends anything."""
     async with listening(slow, LimitsConfig(connections=1)) as port:
         clients = await occupied(slow, port, 1)
         told, rest = await exchange(port)
@@ -245,7 +245,7 @@ async def test_a_refused_client_is_told_where_even_kept_places_are_taken(slow: S
 
 
 async def test_a_proxy_that_is_trusted_has_more_than_one_address(slow: Server) -> None:
-    """Its connections are those of many clients."""
+    """A trusted proxy gets more places than one address: it stands for many clients."""
     limits = LimitsConfig(connections=8, connections_per_address=1)
     trusted = ListenFlags(forwarded_allow_ips=["127.0.0.0/8"])
     async with listening_with(slow, limits, trusted) as at:

@@ -1,4 +1,4 @@
-"""Plain grammars are few, small, and of parts whose cost is known."""
+"""Plain grammars are few, small, and made of parts whose cost is known."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def is_plain_of(**asked: Any) -> bool:
     ],
 )
 def test_the_usual_small_ones_are_plain(asked: dict[str, Any]) -> None:
-    """A schema may be a text."""
+    """The usual small schemas are plain, also when given as a text."""
     assert is_plain_of(**asked)
 
 
@@ -63,18 +63,18 @@ def test_the_usual_small_ones_are_plain(asked: dict[str, Any]) -> None:
     ],
 )
 def test_whatever_else_a_schema_may_have_is_not(schema: Any) -> None:
-    """However deep it is, and whether it is a schema at all."""
+    """A schema with any other feature is not plain, at any depth; nor is an invalid schema."""
     assert not is_plain_of(json=schema)
 
 
 @pytest.mark.parametrize("asked", [{"regex": "a"}, {"grammar": "root"}, {"structural_tag": "{}"}])
 def test_expressions_and_grammars_are_not_plain(asked: dict[str, Any]) -> None:
-    """Nobody knows what they cost."""
+    """Regular expressions and grammars are not plain, because their cost is unknown."""
     assert not is_plain_of(**asked)
 
 
 def test_large_ones_are_not_plain() -> None:
-    """In values or in bytes, wherever they are."""
+    """Large schemas are not plain, in values or in bytes, wherever they are."""
     names = [f"name {number}" for number in range(MOST_VALUES)]
     assert is_plain_of(choice=names)
     assert not is_plain_of(choice=[*names, "one more"])

@@ -1,4 +1,4 @@
-"""Who moves down so that a model can come up: examples, and what holds for every plan."""
+"""Which models move down so that another can come up: examples, and rules for every plan."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def footprint(
     levels: tuple[int, ...] = (1, 2),
     offloads: bool = False,
 ) -> Footprint:
-    """In MiB: `rest` stays until the model is unloaded, `reading` is taken while it is loaded."""
+    """Return a footprint in MiB: `rest` stays until the unload, `reading` is for the load only."""
     parked = Usage(weights + kv + rest)
     asleep = Usage(rest, weights) if offloads else Usage(rest + weights)
     usage = {PARKED: parked, ASLEEP: asleep, DISCARDED: Usage(rest), COLD: Usage()}
@@ -74,7 +74,7 @@ def moves(plan: Plan) -> dict[str, str]:
 
 
 def test_nobody_moves_where_there_is_room() -> None:
-    """The target comes up beside the others."""
+    """With enough room the target comes up beside the others, and none moves."""
     plan = make_plan(snapshot(6, model("a", ACTIVE), model("b", COLD)), "b")
 
     assert {} == moves(plan)
@@ -85,7 +85,7 @@ def test_nobody_moves_where_there_is_room() -> None:
 
 
 def test_weights_are_not_dropped_where_a_load_is_quicker() -> None:
-    """Keeping the structure has to pay, as it does for compiled models."""
+    """Weights are dropped only where waking is faster than a load, as for compiled models."""
     a, b = model("a", PARKED, rest=1), model("b", COLD)
     slow = replace(a, up_s={DISCARDED: 2.0, COLD: 1.0})
     quick = replace(a, up_s={DISCARDED: 1.0, COLD: 2.0})
@@ -98,7 +98,7 @@ def test_weights_are_not_dropped_where_a_load_is_quicker() -> None:
     ("budget", "after"), [(6, None), (5, "asleep"), (4, "discarded"), (3, "cold")]
 )
 def test_source_goes_no_further_down_than_it_must(budget: int, after: str | None) -> None:
-    """It sleeps if that is enough, drops its weights if that is, and is unloaded last."""
+    """The source sleeps if that is enough, else drops its weights, and is unloaded last."""
     source = replace(model("a", ACTIVE), footprint=footprint(weights=1, kv=1, rest=1))
 
     plan = make_plan(snapshot(budget, source, model("b", COLD)), "b")
@@ -107,7 +107,7 @@ def test_source_goes_no_further_down_than_it_must(budget: int, after: str | None
 
 
 def test_what_a_sleeping_model_leaves_on_the_device_counts() -> None:
-    """Two that sleep leave too little for a third, so one of them goes further down."""
+    """Sleepers' remaining device memory counts: two leave too little, so one goes further down."""
     models = [
         model("a", ASLEEP, last=1, rest=1, offloads=True, levels=(1,)),
         model("b", ASLEEP, last=2, rest=1, offloads=True, levels=(1,)),
@@ -129,12 +129,12 @@ def relieved(snapshot: Snapshot, *keep: str) -> dict[str, str]:
 
 
 def test_nobody_moves_while_all_fit() -> None:
-    """Other processes have taken what nobody needs."""
+    """While all models fit, a smaller budget moves none."""
     assert {} == relieved(snapshot(6, model("a", ACTIVE), model("b")), "a")
 
 
 def test_models_move_down_until_they_fit() -> None:
-    """The least recently used first, no further than needed; the active one stays."""
+    """Models move down, the least recently used first, until they fit; the active one stays."""
     models = [
         model("a", ACTIVE, last=0, offloads=True),
         model("b", last=1, offloads=True),
@@ -148,7 +148,7 @@ def test_models_move_down_until_they_fit() -> None:
 
 
 def test_what_can_be_done_is_done_where_it_does_not_suffice() -> None:
-    """The active model alone may hold more than is left."""
+    """Relief does what it can, even if the active model alone exceeds what is left."""
     models = [model("a", ACTIVE, weights=9), model("b", in_flight=1), model("c", pinned=True)]
 
     assert {"b": "asleep"} == relieved(snapshot(5, *models), "a")
@@ -156,7 +156,7 @@ def test_what_can_be_done_is_done_where_it_does_not_suffice() -> None:
 
 @given(st.data())
 def test_relief_never_makes_it_worse(data: st.DataObject) -> None:
-    """Whatever moves gives device memory back, or host memory that others need."""
+    """Each move of a relief frees device memory, or host memory that others need."""
     count = data.draw(st.integers(1, 5))
     models = [
         model(
@@ -183,21 +183,21 @@ def test_relief_never_makes_it_worse(data: st.DataObject) -> None:
 
 
 def test_least_recently_used_goes_first() -> None:
-    """Whoever was used last stays where it is."""
+    """The least recently used model goes down first; the most recently used one stays."""
     models = [model("new", last=9), model("old", last=1), model("b", COLD)]
 
     assert {"old": "asleep"} == moves(make_plan(snapshot(8, *models), "b"))
 
 
 def test_sleeping_is_preferred_to_unloading() -> None:
-    """All sleep before one is unloaded, although fewer models would be moved."""
+    """All models sleep before one is unloaded, although fewer moves would suffice."""
     models = [model("new", last=9), model("old", last=1), model("b", COLD)]
 
     assert {"old": "asleep", "new": "asleep"} == moves(make_plan(snapshot(7, *models), "b"))
 
 
 def test_moves_that_turn_out_to_be_unnecessary_are_not_made() -> None:
-    """Once the oldest must drop its weights, the others may stay if that is enough."""
+    """Once the oldest must drop its weights, others stay if that is enough."""
     big = replace(model("old", last=1), footprint=footprint(weights=6))
     models = [big, model("new", last=9), model("b", COLD, weights=5)]
 
@@ -205,7 +205,7 @@ def test_moves_that_turn_out_to_be_unnecessary_are_not_made() -> None:
 
 
 def test_waking_takes_no_more_than_what_is_held_then() -> None:
-    """Only reading weights takes more than having them."""
+    """A wake takes no more than what is held then; only reading weights takes more."""
     asleep, cold = model("b", ASLEEP, reading=2), model("c", COLD, reading=2)
 
     assert 3 == make_plan(snapshot(3, asleep), "b").used_peak.device // MIB
@@ -219,7 +219,7 @@ def test_waking_takes_no_more_than_what_is_held_then() -> None:
 
 
 def test_host_memory_limits_who_may_sleep() -> None:
-    """Where sleeping weights move to host memory that is full, a model drops them."""
+    """A model drops its weights where host memory is too full to let it sleep with them."""
     models = [model("a", last=1, offloads=True), model("b", COLD, offloads=True)]
 
     assert {"a": "asleep"} == moves(make_plan(snapshot(3, *models, host=2), "b"))
@@ -227,7 +227,7 @@ def test_host_memory_limits_who_may_sleep() -> None:
 
 
 def test_target_that_sleeps_holds_host_memory_until_it_is_woken() -> None:
-    """The one that makes room for it cannot sleep in the same place meanwhile."""
+    """A sleeping target holds host memory until woken, so no other can sleep in its place."""
     models = [model("a", ACTIVE, offloads=True), model("b", ASLEEP, offloads=True)]
 
     assert {"a": "discarded"} == moves(make_plan(snapshot(3, *models, host=3), "b"))
@@ -235,7 +235,7 @@ def test_target_that_sleeps_holds_host_memory_until_it_is_woken() -> None:
 
 
 def test_one_is_unloaded_so_that_a_busy_one_can_sleep() -> None:
-    """Host memory is taken from a sleeper that has no requests, and it is taken first."""
+    """Host memory is taken from a sleeper without requests first, so that a busy one can sleep."""
     models = [
         model("busy", last=1, in_flight=1, offloads=True),
         model("free", ASLEEP, last=9, offloads=True, levels=(1,)),
@@ -248,7 +248,7 @@ def test_one_is_unloaded_so_that_a_busy_one_can_sleep() -> None:
 
 
 def test_costs_are_of_coming_back() -> None:
-    """Of each eviction, and of the target from where it is."""
+    """A plan gives the cost to bring back each evicted model, and the target from where it is."""
     up_s = {ASLEEP: 0.5, COLD: 7.0}
     models = [replace(model("a"), up_s=up_s), replace(model("b", COLD), up_s=up_s)]
 
@@ -259,7 +259,7 @@ def test_costs_are_of_coming_back() -> None:
 
 
 def test_no_room_is_told_with_the_arithmetic() -> None:
-    """What the target needs, what everyone keeps and why, and the budget."""
+    """A refusal lists the target's need, what each model keeps and why, and the budget."""
     models = [
         model("a", ACTIVE),
         model("b", pinned=True),
@@ -284,7 +284,7 @@ def test_no_room_is_told_with_the_arithmetic() -> None:
 
 
 def test_models_fit_together_if_the_last_of_them_can_be_loaded() -> None:
-    """Whichever comes last: what it takes for a while counts once."""
+    """Models fit together if each can be loaded last: temporary memory counts once."""
     models = [model("a", COLD, reading=1), model("b", COLD, reading=2)]
 
     assert not fits_together(models, times(Usage(7), MIB))
@@ -292,7 +292,7 @@ def test_models_fit_together_if_the_last_of_them_can_be_loaded() -> None:
     assert fits_together([], Usage())
 
 
-# --- what holds for every plan --------------------------------------------------------------
+# --- every plan -----------------------------------------------------------------------------
 
 MiB = st.integers(0, 8)
 footprints = st.sampled_from(
@@ -325,7 +325,7 @@ def views(draw: st.DrawFn, alias: str) -> ModelView:
 
 @dataclass(frozen=True)
 class Case:
-    """Which model is to come up, beside which others."""
+    """A model to bring up, and the models beside it."""
 
     snapshot: Snapshot
     target: str
@@ -335,7 +335,7 @@ class Case:
         return make_plan(self.snapshot, self.target, self.keep)
 
     def find_plan(self) -> Plan:
-        """The plan, where there is one."""
+        """Return the plan, where there is one."""
         plan = self.try_plan()
         assume(plan is not None)
         assert plan is not None
@@ -353,7 +353,7 @@ class Case:
         return [view for view in self.snapshot.models if view.alias not in kept]
 
     def allowed(self, view: ModelView) -> list[Residency]:
-        """Where a model may go, or stay; written from the rules, not from the planner."""
+        """Return where a model may go, or stay; written from the rules, not from the planner."""
         if view.pinned or view.residency in (Residency.LOADING, Residency.FAILED):
             return [view.residency]
         known = [where for where in EVICTIONS if where in view.footprint.usage]
@@ -361,7 +361,7 @@ class Case:
         return [view.residency, *(w for w in below if w is ASLEEP or not view.in_flight)]
 
     def after(self, residencies: Mapping[str, Residency]) -> Usage:
-        """What all but the target hold."""
+        """Return what all but the target hold."""
         return total(
             view.footprint.at(residencies.get(view.alias, view.residency))
             for view in self.snapshot.models
@@ -369,7 +369,7 @@ class Case:
         )
 
     def makes_room(self, residencies: Mapping[str, Residency]) -> bool:
-        """Whether the target can come up, without more than the budget on the way."""
+        """Return whether the target can come up, without more than the budget on the way."""
         target, after = self.snapshot.find(self.target), self.after(residencies)
         before = after + Usage(0, target.footprint.at(target.residency).host)
         return (after + target.needs()).fits(self.snapshot.budget) and (
@@ -379,7 +379,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, host: st.SearchStrategy[int] = MiB) -> Case:
-    """Some models, one of which is not up and shall be; what they hold is within the budget."""
+    """Draw some models, one of which is to be brought up; what they hold is within the budget."""
     count = draw(st.integers(0, 4))
     others = [draw(views(f"m{number}")) for number in range(count)]
     if others and draw(st.booleans()):
@@ -396,7 +396,7 @@ def cases(draw: st.DrawFn, host: st.SearchStrategy[int] = MiB) -> Case:
 
 @given(cases())
 def test_only_those_are_moved_that_may_be_and_only_as_far(case: Case) -> None:
-    """Never the target, a kept or pinned one; never a busy one below asleep; down, and once."""
+    """Only movable models move: down, once, and never the target; busy ones go down to asleep."""
     plan = case.find_plan()
 
     movable = {view.alias: case.allowed(view)[1:] for view in case.movable}
@@ -406,7 +406,7 @@ def test_only_those_are_moved_that_may_be_and_only_as_far(case: Case) -> None:
 
 @given(cases())
 def test_no_moment_of_a_plan_exceeds_the_budget(case: Case) -> None:
-    """Neither after any of its moves, nor while the target comes up, nor then."""
+    """No moment of a plan exceeds the budget: after a move, during the load or wake, at the end."""
     plan = case.find_plan()
 
     steps = [plan.used_before, *(times(move.frees, -1) for move in plan.evictions)]
@@ -416,7 +416,7 @@ def test_no_moment_of_a_plan_exceeds_the_budget(case: Case) -> None:
 
 @given(cases())
 def test_plan_says_what_it_does(case: Case) -> None:
-    """Where everyone is before and after, what that frees, and what is held at each end."""
+    """A plan states where each model was and will be, what moves free, and memory at each end."""
     plan = case.find_plan()
     find = case.snapshot.find
 
@@ -435,7 +435,7 @@ def test_plan_says_what_it_does(case: Case) -> None:
 
 @given(cases())
 def test_every_eviction_is_necessary(case: Case) -> None:
-    """Nobody could stay, or go less far down, while all the others go."""
+    """Every eviction is necessary: none can be dropped or reduced while all others are made."""
     after = {move.alias: move.after for move in case.find_plan().evictions}
 
     allowed = {alias: case.allowed(case.snapshot.find(alias)) for alias in after}
@@ -450,7 +450,7 @@ def test_every_eviction_is_necessary(case: Case) -> None:
 
 @given(cases())
 def test_nobody_goes_lower_than_is_necessary_for_all(case: Case) -> None:
-    """If it is enough that all sleep, nobody goes lower; the same for dropping weights."""
+    """No model goes lower than all must: if sleep is enough for all, none drops its weights."""
     plan = case.find_plan()
 
     lowest = {limit: lowest_allowed(case, limit) for limit in EVICTIONS}
@@ -460,13 +460,13 @@ def test_nobody_goes_lower_than_is_necessary_for_all(case: Case) -> None:
 
 @given(cases(host=st.just(AMPLE)))
 def test_there_is_no_room_only_if_everyone_at_its_lowest_makes_none(case: Case) -> None:
-    """And then there is none indeed."""
+    """A plan is refused only if even all models at their lowest make no room."""
     assert case.makes_room(lowest_allowed(case, COLD)) == (case.try_plan() is not None)
 
 
 @given(cases())
 def test_scarce_host_memory_costs_no_plan_that_needs_none_of_it(case: Case) -> None:
-    """If there is room with everyone at its lowest, there is a plan."""
+    """If all models at their lowest make room, there is a plan, however scarce host memory is."""
     assume(case.makes_room(lowest_allowed(case, COLD)))
 
     assert case.try_plan() is not None
@@ -474,7 +474,7 @@ def test_scarce_host_memory_costs_no_plan_that_needs_none_of_it(case: Case) -> N
 
 @given(cases(host=st.just(AMPLE)))
 def test_no_room_names_every_number(case: Case) -> None:
-    """Needs and what is kept add up to more than the budget, in the units that are printed."""
+    """A refusal's numbers add up to more than the budget, in the units that are printed."""
     assume(case.try_plan() is None)
     with pytest.raises(NoRoom) as caught:
         case.plan()
@@ -489,7 +489,7 @@ def test_no_room_names_every_number(case: Case) -> None:
 def test_least_recently_used_goes_first_among_equals(
     last_used: list[int], size: Footprint, spare: int, host: int
 ) -> None:
-    """Of models that are alike, the older one is never above the newer one."""
+    """Of models that are alike, the older one never ends above the newer one."""
     models = [
         ModelView(f"m{n}", PARKED, size, last_used_s=time) for n, time in enumerate(last_used)
     ]
@@ -507,7 +507,7 @@ def test_least_recently_used_goes_first_among_equals(
 
 @given(cases(), st.sampled_from([PARKED, ACTIVE]))
 def test_target_that_is_up_needs_nothing(case: Case, residency: Residency) -> None:
-    """Neither memory nor anybody's eviction, however full it is."""
+    """A target that is up needs neither memory nor evictions, however full it is."""
     models = tuple(
         replace(view, residency=residency) if view.alias == "target" else view
         for view in case.snapshot.models
@@ -521,7 +521,7 @@ def test_target_that_is_up_needs_nothing(case: Case, residency: Residency) -> No
 
 @given(cases(), st.randoms())
 def test_plan_depends_on_nothing_but_the_models(case: Case, chance: random.Random) -> None:
-    """The same twice, and in whatever order the models come."""
+    """A plan is the same when repeated, and in whatever order the models come."""
     models = case.snapshot.models
     shuffled = replace(case.snapshot, models=tuple(chance.sample(models, len(models))))
 
@@ -530,7 +530,7 @@ def test_plan_depends_on_nothing_but_the_models(case: Case, chance: random.Rando
 
 
 def lowest_allowed(case: Case, limit: Residency) -> dict[str, Residency]:
-    """Where everyone is that goes as low as it may, but not below `limit`."""
+    """Return where all models are that go as low as they may, but not below `limit`."""
     return {
         view.alias: [
             where

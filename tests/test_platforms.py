@@ -24,13 +24,13 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="cores are bound o
     ],
 )
 def test_core_list_is_read(text: str, cores: list[int]) -> None:
-    """Single cores and ranges, sorted, each once."""
+    """A core list is read as sorted single cores and ranges, each core once."""
     assert cores == parse_cores(text)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-x", "1,", "-3"])
 def test_text_that_is_no_core_list_is_refused(text: str) -> None:
-    """A mistake is not taken for a core."""
+    """Text that is not a core list is refused, not taken for a core."""
     with pytest.raises(ValueError, match="invalid literal"):
         parse_cores(text)
 
@@ -45,14 +45,14 @@ def test_text_that_is_no_core_list_is_refused(text: str) -> None:
     ],
 )
 def test_host_is_not_told_what_is_the_servers_alone(variable: str) -> None:
-    """What opens vLLM's development routes or its pickling never reaches the host, nor do keys."""
+    """Settings for vLLM's development routes or pickling never reach the host, nor do keys."""
     environment = {variable: "1", "VLLM_HOTSWAP_PASS_ON": variable}
 
     assert variable not in host_environment(environment)
 
 
 def test_rest_of_the_environment_is_passed_on() -> None:
-    """The host sees what the server sees, and the server's own environment is left alone."""
+    """The host gets the rest of the environment; the server's own is unchanged."""
     environment = {"HF_HOME": "/models", "VLLM_SERVER_DEV_MODE": "1"}
 
     assert "/models" == host_environment(environment)["HF_HOME"]
@@ -75,9 +75,7 @@ def test_rest_of_the_environment_is_passed_on() -> None:
     ],
 )
 def test_what_a_host_has_no_use_for_is_kept_from_it(name: str, value: str) -> None:
-    """Secrets by their name or their value, doors to other programs, what would leave ports open;
-    none that is asked for.
-    """
+    """Secrets by name or value, and doors to other programs, are removed unless asked for."""
     assert name not in host_environment({name: value})
     assert name in host_environment({name: value, "VLLM_HOTSWAP_PASS_ON": f"OTHER, {name}"})
 
@@ -95,13 +93,13 @@ def test_what_a_host_has_no_use_for_is_kept_from_it(name: str, value: str) -> No
     ],
 )
 def test_what_reads_models_is_passed_on(name: str, value: str) -> None:
-    """The host fetches weights; and not everything with a token in its name is a secret."""
+    """The host keeps what fetches weights; a token in a name does not make it a secret."""
     assert value == host_environment({name: value})[name]
 
 
 @on_linux
 def test_workers_meet_on_loopback() -> None:
-    """Unless somebody has said otherwise."""
+    """Workers meet on loopback unless the environment says otherwise."""
     given = {"GLOO_SOCKET_IFNAME": "eth7"}
 
     assert "lo" == host_environment({})["GLOO_SOCKET_IFNAME"]
@@ -111,7 +109,7 @@ def test_workers_meet_on_loopback() -> None:
 
 @on_linux
 def test_threads_are_bound_to_the_cores_that_are_named() -> None:
-    """One OpenMP thread per core of the first rank's list."""
+    """OpenMP gets one thread per core of the first rank's list."""
     bound = platforms._thread_binding({BIND_VARIABLE: "0-1|2-3"})
 
     assert {"OMP_NUM_THREADS": "2", "GOMP_CPU_AFFINITY": "0 1"} == bound
@@ -119,13 +117,13 @@ def test_threads_are_bound_to_the_cores_that_are_named() -> None:
 
 @on_linux
 def test_threads_are_not_bound_on_request() -> None:
-    """`nobind` leaves OpenMP to its own devices."""
+    """`nobind` leaves OpenMP's threads unbound."""
     assert {} == platforms._thread_binding({BIND_VARIABLE: "nobind"})
 
 
 @on_linux
 def test_threads_are_bound_to_allowed_cores_by_default() -> None:
-    """The automatic choice stays within what this process may use."""
+    """By default, threads are bound only to cores that this process may use."""
     bound = platforms._thread_binding({})
 
     cores = {int(core) for core in bound["GOMP_CPU_AFFINITY"].split()}
@@ -135,7 +133,7 @@ def test_threads_are_bound_to_allowed_cores_by_default() -> None:
 
 @on_linux
 def test_reserved_cores_are_left_but_never_all() -> None:
-    """Somebody else may get cores, but one is kept."""
+    """Reserved cores are left to other programs, but one core is always kept."""
     bound = platforms._thread_binding({"VLLM_CPU_NUM_OF_RESERVED_CPU": "100000"})
 
     assert "1" == bound["OMP_NUM_THREADS"]
@@ -143,7 +141,7 @@ def test_reserved_cores_are_left_but_never_all() -> None:
 
 @on_linux
 def test_libraries_that_are_preloaded_already_are_kept() -> None:
-    """What the user preloads stays, and is not loaded a second time."""
+    """A library that is already preloaded stays, and is not loaded a second time."""
     preload = "/x/libtcmalloc.so:/x/libiomp5.so"
 
     assert {"LD_PRELOAD": preload} == platforms._preload({"LD_PRELOAD": preload})
@@ -152,7 +150,7 @@ def test_libraries_that_are_preloaded_already_are_kept() -> None:
 @on_linux
 @pytest.mark.skipif(not is_cpu_build(), reason="only a CPU build of vLLM preloads libraries")
 def test_host_preloads_openmp_on_a_cpu() -> None:
-    """Torch's OpenMP runtime is loaded before torch."""
+    """On a CPU, the host loads torch's OpenMP runtime before torch."""
     libraries = [Path(library) for library in host_environment({})["LD_PRELOAD"].split(":")]
 
     assert all(library.is_file() for library in libraries)
@@ -160,6 +158,6 @@ def test_host_preloads_openmp_on_a_cpu() -> None:
 
 
 def test_each_engine_keeps_few_compiled_grammars_unless_told_otherwise() -> None:
-    """There are many in one process; vLLM's own default is for one."""
+    """Each engine caches few compiled grammars by default: vLLM's own default is for one engine."""
     assert "64" == host_environment({})["VLLM_XGRAMMAR_CACHE_MB"]
     assert "512" == host_environment({"VLLM_XGRAMMAR_CACHE_MB": "512"})["VLLM_XGRAMMAR_CACHE_MB"]

@@ -1,4 +1,4 @@
-"""When to switch, said of single snapshots."""
+"""When to switch, tested on single snapshots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = PolicySettings()
 
 
 def queue(alias: str, **other: Any) -> QueueView:
-    """One request that has waited for a second, for a model that takes a second and costs one."""
+    """Return a request that has waited 1 s; service takes 1 s, and a switch costs 1 s."""
     values: dict[str, Any] = {
         "position": ord(alias) - ord("a"),
         "requests": 1,
@@ -50,7 +50,7 @@ def queue(alias: str, **other: Any) -> QueueView:
 
 
 def active(alias: str = "a", **other: Any) -> ActiveView:
-    """A model that has been active for 100 s and works on one request."""
+    """Return a model that has been active for 100 s and works on one request."""
     values: dict[str, Any] = {
         "position": ord(alias) - ord("a"),
         "since_s": 0.0,
@@ -80,14 +80,14 @@ def always(decision: Decision) -> Policy:
 
 
 def test_fifo_switches_to_whoever_came_first() -> None:
-    """Whatever it costs, and though the active model works."""
+    """`fifo` switches to the model of the oldest request, despite its cost and running requests."""
     seen = snapshot(queue("b", first=5), queue("c", first=3, switch_cost_s=99.0))
 
     assert SwitchTo("c") == fifo(PLAIN)(seen)
 
 
 def test_fifo_admits_only_who_came_before_them() -> None:
-    """The active model's later requests have to wait."""
+    """`fifo` makes the active model's later requests wait for an older one of another model."""
     seen = snapshot(queue("b", first=5), own=queue("a", first=3))
 
     assert ServeOn(before=5) == fifo(PLAIN)(seen)
@@ -97,7 +97,7 @@ def test_fifo_admits_only_who_came_before_them() -> None:
 
 
 def test_batch_switches_when_the_model_is_idle() -> None:
-    """At once, unless it has to stay active for longer."""
+    """`batch` leaves an idle model at once, unless its minimum active time is not over."""
     seen = snapshot(queue("b"), on=active(since_s=NOW_S - 2, in_flight=0))
 
     assert SwitchTo("b") == batch(PLAIN)(seen)
@@ -105,7 +105,7 @@ def test_batch_switches_when_the_model_is_idle() -> None:
 
 
 def test_batch_serves_on_until_the_switch_gains_more_than_it_costs() -> None:
-    """One user loses 2 s of switches and 1 s of service; one waits, since a second ago; twice."""
+    """`batch` stays until the waiting time, counted twice, exceeds the cost of the switches."""
     seen = snapshot(queue("b"))
 
     assert WaitUntil(NOW_S - 1 + 6) == batch(PLAIN)(seen)
@@ -113,12 +113,12 @@ def test_batch_serves_on_until_the_switch_gains_more_than_it_costs() -> None:
 
 @pytest.mark.parametrize("requests", [6, 60])
 def test_batch_switches_sooner_for_more_requests(requests: int) -> None:
-    """Six of them have lost 6 s after one second."""
+    """`batch` switches sooner for more requests: six of them have lost 6 s after one second."""
     assert SwitchTo("b") == batch(PLAIN)(snapshot(queue("b", requests=requests)))
 
 
 def test_batch_counts_weights() -> None:
-    """A model with the weight 6 is worth as much as six requests; the active one's counts, too."""
+    """`batch` counts a model of weight 6 as six requests; the active model's weight counts, too."""
     heavy = queue("b", weight=6.0)
 
     assert SwitchTo("b") == batch(PLAIN)(snapshot(heavy))
@@ -127,14 +127,14 @@ def test_batch_counts_weights() -> None:
 
 
 def test_batch_does_not_switch_to_and_fro() -> None:
-    """A model stays active for two round trips of 2 s while it has work."""
+    """With `batch`, a model with work stays active for two round trips of 2 s."""
     seen = snapshot(queue("b", requests=60), on=active(since_s=NOW_S - 1))
 
     assert WaitUntil(NOW_S + 3) == batch(PLAIN)(seen)
 
 
 def test_batch_goes_where_most_time_is_lost_for_each_second_that_it_takes() -> None:
-    """Cheap switches and short requests first; old requests weigh more than new ones."""
+    """`batch` prefers cheap switches, short requests, and old requests to new ones."""
     far = queue("b", requests=3, switch_cost_s=9.0)
     near = queue("c", requests=2)
     new = queue("d", requests=9, mean_arrival_s=NOW_S - 0.1)
@@ -143,21 +143,21 @@ def test_batch_goes_where_most_time_is_lost_for_each_second_that_it_takes() -> N
 
 
 def test_batch_takes_who_came_first_if_all_else_is_equal() -> None:
-    """Not the first one of the configuration."""
+    """If all else is equal, `batch` takes the oldest request, not the first configured model."""
     seen = snapshot(queue("b", first=7), queue("c", first=4), on=IDLE)
 
     assert SwitchTo("c") == batch(PLAIN)(seen)
 
 
 def test_batch_prefers_a_higher_priority() -> None:
-    """Whatever is to be gained, and without waiting until the active model is idle."""
+    """`batch` goes to a higher priority at once, whatever else is to be gained."""
     seen = snapshot(queue("b", requests=99), queue("c", priority=1))
 
     assert SwitchTo("c") == batch(PLAIN)(seen)
 
 
 def test_batch_is_not_called_away_from_the_same_priority() -> None:
-    """Of what the active model works on, or of who waits for it."""
+    """`batch` is not called away if the active model runs or has waiting requests as important."""
     urgent = queue("b", priority=1)
 
     assert isinstance(batch(PLAIN)(snapshot(urgent, on=active(priority=1))), WaitUntil)
@@ -165,7 +165,7 @@ def test_batch_is_not_called_away_from_the_same_priority() -> None:
 
 
 def test_batch_parks_where_switching_is_cheap() -> None:
-    """There and back in a fifth of the time that a request takes."""
+    """`batch` parks where the way there and back is at most a fifth of a request's time."""
     cheap = queue("b", requests=60, switch_cost_s=0.1, back_cost_s=0.1)
     dearer = queue("b", requests=60, switch_cost_s=0.1, back_cost_s=0.11)
 
@@ -177,7 +177,7 @@ def test_batch_parks_where_switching_is_cheap() -> None:
 
 
 def test_round_robin_takes_turns_in_the_order_of_the_configuration() -> None:
-    """After the last one comes the first one."""
+    """`round_robin` follows the order of the configuration, and wraps around."""
     policy = round_robin(PLAIN)
 
     assert SwitchTo("c") == policy(snapshot(queue("a"), queue("c"), on=active("b", in_flight=0)))
@@ -185,7 +185,7 @@ def test_round_robin_takes_turns_in_the_order_of_the_configuration() -> None:
 
 
 def test_round_robin_parks_at_the_end_of_a_slice() -> None:
-    """Its length is that of the settings, times the model's weight."""
+    """`round_robin` parks after a slice: the configured length times the model's weight."""
     policy = round_robin(PolicySettings(slice_s=2.0))
     since = active(since_s=NOW_S - 3)
 
@@ -196,7 +196,7 @@ def test_round_robin_parks_at_the_end_of_a_slice() -> None:
 
 @pytest.mark.parametrize("name", ["fifo", "batch", "round_robin"])
 def test_without_an_active_model_every_policy_switches(name: str) -> None:
-    """Nobody could be served otherwise."""
+    """Without an active model every policy switches, as no request could be served otherwise."""
     assert isinstance(make_policy(name, PLAIN)(NO_MODEL), SwitchTo)
 
 
@@ -204,12 +204,12 @@ def test_without_an_active_model_every_policy_switches(name: str) -> None:
 
 
 def test_where_nobody_waits_for_another_model_the_active_one_is_served() -> None:
-    """The policy is not asked."""
+    """If all requests are for the active model, it is served without asking the policy."""
     assert ServeOn() == decide(always(SwitchTo("b")), snapshot(own=queue("a")))
 
 
 def test_a_lease_is_kept() -> None:
-    """Even though somebody is due; when it ends, it is looked at again."""
+    """A lease delays even a due request; when it ends, the decision is made again."""
     seen = snapshot(queue("b", due_s=NOW_S - 5), on=active(leased_until_s=NOW_S + 7))
     over = snapshot(queue("b"), on=active(leased_until_s=NOW_S))
 
@@ -218,7 +218,7 @@ def test_a_lease_is_kept() -> None:
 
 
 def test_who_was_due_first_is_next() -> None:
-    """Whatever the policy says; what runs is parked for it."""
+    """The request that was due first is served next, whatever the policy says; others park."""
     seen = snapshot(queue("b", due_s=NOW_S - 1), queue("c", due_s=NOW_S - 2))
 
     decision = decide(always(SwitchTo("b")), seen)
@@ -228,14 +228,14 @@ def test_who_was_due_first_is_next() -> None:
 
 
 def test_who_waits_for_the_active_model_and_was_due_first_is_admitted_first() -> None:
-    """And then everybody is looked at again, at once."""
+    """The active model's request is admitted first if it was due first, and all is decided anew."""
     seen = snapshot(queue("b", due_s=NOW_S - 1), own=queue("a", due_s=NOW_S - 2))
 
     assert WaitUntil(NOW_S, before=0) == decide(always(SwitchTo("b")), seen)
 
 
 def test_whatever_the_policy_waits_for_is_cut_short_when_somebody_is_due() -> None:
-    """Of another model, or of the active one if the policy holds its requests back."""
+    """A wait of the policy ends when a request of another model, or one held back, is due."""
     seen = snapshot(queue("b", due_s=NOW_S + 9), own=queue("a", due_s=NOW_S + 5))
 
     assert WaitUntil(NOW_S + 9) == decide(always(ServeOn()), seen)
@@ -245,14 +245,14 @@ def test_whatever_the_policy_waits_for_is_cut_short_when_somebody_is_due() -> No
 
 
 def test_a_time_that_is_over_is_not_waited_for() -> None:
-    """It would be looked at again and again."""
+    """A time in the past is not waited for: the decision would be made again and again."""
     seen = snapshot(queue("b", due_s=NOW_S + 9))
 
     assert WaitUntil(NOW_S + 9) == decide(always(WaitUntil(NOW_S)), seen)
 
 
 def test_what_runs_is_not_parked_before_it_was_worth_the_switches() -> None:
-    """The way to the other model and back, and some steps at least."""
+    """Requests run at least for the time there and back, and for some steps, before parking."""
     dear = decide(always(SwitchTo("b", park=True)), snapshot(queue("b"), on=active(since_s=99.0)))
     free = decide(
         always(SwitchTo("b", park=True)),
@@ -265,7 +265,7 @@ def test_what_runs_is_not_parked_before_it_was_worth_the_switches() -> None:
 
 
 def test_what_runs_is_waited_for_until_somebody_is_due() -> None:
-    """For no longer than `drain_timeout`; not less than it was worth the switches."""
+    """A drain ends at `drain_timeout` or a due time, but not before the switches have paid off."""
     switch = SwitchTo("b", park_from_s=101.0)
 
     assert NOW_S + 60.0 == switch.drain_until_s(NOW_S, 60.0, NEVER)
@@ -274,7 +274,7 @@ def test_what_runs_is_waited_for_until_somebody_is_due() -> None:
 
 
 def test_a_switch_to_a_model_for_which_nobody_waits_is_an_error() -> None:
-    """Of the policy, which is named."""
+    """A policy that switches to a model without waiting requests is an error that names it."""
     with pytest.raises(ValueError, match="'x', for which no request waits"):
         decide(always(SwitchTo("x")), snapshot(queue("b")))
 
@@ -283,7 +283,7 @@ def test_a_switch_to_a_model_for_which_nobody_waits_is_an_error() -> None:
 
 
 def test_an_unknown_policy_is_told_with_those_that_are_known() -> None:
-    """And how one is added."""
+    """An unknown policy is reported with the known ones, and with the way to add one."""
     with pytest.raises(ConfigError, match=r"known: fifo, batch, round_robin; .*entry point"):
         make_policy("best", PLAIN)
 
@@ -298,14 +298,14 @@ def broken(_: PolicySettings) -> Policy:
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package that adds two policies."""
+    """Install a package that adds two policies."""
     points = [EntryPoint(name, f"{__name__}:{name}", policies.GROUP) for name in ("lifo", "broken")]
     monkeypatch.setattr(policies, "entry_points", lambda group: points)
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_package_may_add_a_policy() -> None:
-    """By an entry point."""
+    """A package can add a policy through an entry point."""
     seen = snapshot(queue("b", first=1), queue("c", first=2))
 
     assert SwitchTo("c") == make_policy("lifo", PLAIN)(seen)
@@ -313,6 +313,6 @@ def test_a_package_may_add_a_policy() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_a_policy_that_cannot_be_made_is_told_in_one_line() -> None:
-    """With its cause."""
+    """A policy that cannot be made is reported in one line, with its cause."""
     with pytest.raises(ConfigError, match="'broken' cannot be created: no licence found"):
         make_policy("broken", PLAIN)

@@ -1,4 +1,4 @@
-"""What is likely to be next, from what was."""
+"""Predict the next model from the past ones."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def after(sequence: Iterable[str]) -> Prediction | None:
 
 @pytest.mark.parametrize("sequence", ["", "a", "ab", "aba", "abacabada"])
 def test_what_has_not_become_a_habit_is_not_predicted(sequence: str) -> None:
-    """Neither from nothing, nor from one time, nor from something else each time."""
+    """Without a repeated habit there is no prediction: not from nothing, once, or mixed pasts."""
     assert after(sequence) is None
 
 
 def test_what_happened_twice_is_predicted() -> None:
-    """Of two agents that take turns, the other one is next; with what probability is told."""
+    """What happened twice is predicted, with its probability: of two agents, the other one."""
     prediction = after("ababa")
 
     assert prediction == Prediction("b", pytest.approx((1 + DECAY) / (1 + DECAY + PRIOR)))
 
 
 def test_cycle_of_models_is_learned_in_its_second_round() -> None:
-    """Each model has a row of its own."""
+    """A cycle of models is learned in its second round; each model has a row of its own."""
     assert after("abcdabcda") == Prediction("b", pytest.approx(1.8 / 2.8))
     assert after("abcdabcdab") == Prediction("c", pytest.approx(1.8 / 2.8))
 
 
 def test_habit_that_changes_is_noticed_within_six_times() -> None:
-    """Whatever was the rule for however long before."""
+    """A changed habit is noticed within six times, however long the old one lasted."""
     prediction = after("ab" * 1000 + "ac" * 6 + "a")
 
     assert prediction is not None
@@ -47,13 +47,13 @@ def test_habit_that_changes_is_noticed_within_six_times() -> None:
 
 
 def test_model_that_is_brought_back_follows_nothing() -> None:
-    """A recovery makes the same model active once more."""
+    """A recovery, which activates the same model again, does not change the prediction."""
     assert after("ababa") == after("aabbbabaa")
 
 
 @given(st.lists(st.sampled_from("abcdef"), max_size=200))
 def test_prediction_is_another_model_and_likely(sequence: list[str]) -> None:
-    """And never certain; only what has followed the active model is predicted."""
+    """A prediction is another model that has followed before: likely, and never certain."""
     prediction = after(sequence)
 
     if prediction is not None:
@@ -72,7 +72,7 @@ def draw() -> random.Random:
 
 
 def in_order(at_random: float = 0.0, changes_every: int = COUNT) -> Iterator[str]:
-    """Models in a fixed order, some of them at random; now and then it is another order."""
+    """Yield models in a fixed order, some of them at random; now and then the order changes."""
     number, order, chance = 0, list(MODELS), draw()
     for turn in range(COUNT):
         if turn % changes_every == changes_every - 1:
@@ -87,7 +87,7 @@ def by_chance(*weights: float) -> list[str]:
 
 
 def worth(sequence: Iterable[str]) -> tuple[float, float]:
-    """The share of switches with a prediction, and the share of those that were right."""
+    """Return the share of switches with a prediction, and the share of those that were right."""
     seen, switches, hits, misses = Successions(), 0, 0, 0
     for alias in sequence:
         prediction = None if alias == seen.current else seen.predict()
@@ -110,12 +110,12 @@ def worth(sequence: Iterable[str]) -> tuple[float, float]:
     ids=["two", "order", "some chance", "more chance", "changes"],
 )
 def test_order_is_predicted(sequence: Iterable[str], predicted: float, right: float) -> None:
-    """The figures that the documentation has."""
+    """Orders are predicted with the figures in the documentation."""
     assert (predicted, right) == pytest.approx(worth(sequence), abs=0.01)
 
 
 def test_chance_is_seldom_predicted() -> None:
-    """So that little is read for nothing."""
+    """Random sequences are seldom predicted, so that little is read for nothing."""
     zipf, alike = worth(by_chance(1, 1 / 2, 1 / 3, 1 / 4, 1 / 5)), worth(by_chance(1, 1, 1, 1, 1))
 
     assert (0.10, 0.50) == pytest.approx(zipf, abs=0.02)
@@ -123,7 +123,7 @@ def test_chance_is_seldom_predicted() -> None:
 
 
 def test_memory_is_bounded_by_the_models() -> None:
-    """However long the server runs: at most a count for each pair."""
+    """Memory is limited to a count for each pair of models, however long the server runs."""
     seen = Successions()
     for alias in "abcd" * 100 + "dbac" * 100 + "acdb" * 100:
         seen.observe(alias)

@@ -1,4 +1,4 @@
-"""A sleeping model that is next wakes in slices, before it is asked for, beside who is served."""
+"""A sleeping model that is next wakes in slices, before a request, beside the active model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings(**changes: Any) -> dict[str, FakeSettings]:
 
 
 async def make(make_server: MakeServer, mib: int = 18, **kwargs: Any) -> Server:
-    """llama is active, the others sleep; the device holds `mib` MiB."""
+    """Start a server: llama is active, the others sleep; the device holds `mib` MiB."""
     server = await make_server(
         load=ALIASES, settings=settings(), budget=Usage(mib * MIB, 100 * MIB), **kwargs
     )
@@ -46,38 +46,38 @@ async def asleep(server: Server, *aliases: str) -> None:
 
 @pytest.fixture
 async def gpu(make_server: MakeServer) -> Server:
-    """On a device that has room for all."""
+    """A server on a device that has room for all."""
     return await make(make_server)
 
 
 async def announce(server: Server, alias: str) -> str:
-    """What became of the wake."""
+    """Announce a model and return the result for its wake."""
     answer = (await server.post("/admin/next", json={"model": alias})).json()
     return str(answer["wake"])
 
 
 async def waking(server: Server, alias: str = "qwen") -> tuple[int, int] | None:
-    """MiB that it has taken, and will take."""
+    """Return the MiB that the wake has taken, and will take."""
     told = (await server.get("/admin/status")).json()["models"][alias]["waking"]
     return told and (told["done_bytes"] // MIB, told["total_bytes"] // MIB)
 
 
 def changes(server: Server, alias: str = "qwen") -> list[tuple[str, int]]:
-    """What was told of it, each with the MiB that it had taken by then."""
+    """Return the reported changes, each with the MiB that the wake had taken by then."""
     told = server.events.of(WakeChanged)
     return [(each.change, each.done_bytes // MIB) for each in told if each.model == alias]
 
 
 def held(server: Server, alias: str = "qwen") -> int:
-    """MiB that it really holds."""
+    """Return the MiB that the engine really holds."""
     return server.host.engines[alias].held_bytes // MIB
 
 
-# --- a wake that is of use --------------------------------------------------------------------
+# --- a useful wake ----------------------------------------------------------------------------
 
 
 async def test_an_announced_model_that_sleeps_wakes_before_it_is_asked_for(gpu: Server) -> None:
-    """In slices, while another one is served; status, events and metrics say so."""
+    """An announced model that sleeps wakes in slices; status, events and metrics show it."""
     gpu.host.hold("wake_some", "qwen")
     assert "begun" == await announce(gpu, "qwen")
     assert (0, 5) == await waking(gpu)
@@ -101,7 +101,7 @@ async def test_an_announced_model_that_sleeps_wakes_before_it_is_asked_for(gpu: 
 
 
 def test_a_switch_waits_only_for_what_is_left(play: Play) -> None:
-    """Of a wake of ten seconds, four of which have gone before."""
+    """A switch waits only for what is left of a wake: of ten seconds, four had passed."""
     took: list[float] = []
 
     async def story(server: Server) -> None:
@@ -121,7 +121,7 @@ def test_a_switch_waits_only_for_what_is_left(play: Play) -> None:
 
 
 def test_a_wake_that_was_begun_before_says_nothing_of_the_next_one(play: Play) -> None:
-    """Neither the cost of a wake nor that of a switch is measured by what was left of one."""
+    """What was left of an early wake counts neither as a wake's cost nor as a switch's."""
 
     async def story(server: Server) -> None:
         model = server.coordinator.registry.model("qwen")
@@ -152,7 +152,7 @@ def test_a_wake_that_was_begun_before_says_nothing_of_the_next_one(play: Play) -
 
 
 async def expect_qwen(server: Server) -> None:
-    """qwen has followed llama so often that it is expected to do so again; it sleeps."""
+    """Make qwen, which sleeps, the predicted model: it has followed llama often."""
     for alias in ("qwen", "llama") * 8:
         await server.switch(alias)
     await server.switch("mistral")
@@ -162,7 +162,7 @@ async def expect_qwen(server: Server) -> None:
 
 
 async def test_a_predicted_model_that_sleeps_wakes(gpu: Server) -> None:
-    """Once there is a habit, and it is of use if that holds."""
+    """A predicted model that sleeps wakes early, and its wake counts as used if that was right."""
     await expect_qwen(gpu)
     assert (5, 5) == await waking(gpu)
 
@@ -172,7 +172,7 @@ async def test_a_predicted_model_that_sleeps_wakes(gpu: Server) -> None:
 
 
 async def test_who_is_served_does_not_wait_for_a_slice(gpu: Server) -> None:
-    """Requests are answered while one is under way, and so is everything else."""
+    """Requests and switches do not wait for a slice that is under way."""
     gpu.host.hold("wake_some", "qwen")
     await announce(gpu, "qwen")
     await gpu.settled()
@@ -188,7 +188,7 @@ async def test_who_is_served_does_not_wait_for_a_slice(gpu: Server) -> None:
 
 
 async def test_a_switch_to_the_model_does_not_wait_for_a_slice(gpu: Server) -> None:
-    """It tells the host to do the rest at once, after the slice that is under way there."""
+    """A switch to the model orders the rest of its wake at once, after the slice under way."""
     gpu.host.hold("wake_some", "qwen")
     await announce(gpu, "qwen")
     await gpu.settled()
@@ -200,7 +200,7 @@ async def test_a_switch_to_the_model_does_not_wait_for_a_slice(gpu: Server) -> N
 
 
 async def test_slices_wait_for_who_moves_models(gpu: Server) -> None:
-    """None is begun while a switch is under way."""
+    """No slice starts while a switch is under way."""
     gpu.host.hold("wake", "mistral")
     switching = gpu.switch("mistral")
     await gpu.settled()
@@ -218,7 +218,7 @@ async def test_slices_wait_for_who_moves_models(gpu: Server) -> None:
 async def test_a_wake_that_begins_while_models_move_finds_the_room_that_they_leave(
     make_server: MakeServer,
 ) -> None:
-    """Whoever moves them has planned without it: it is given up if they need the room."""
+    """A wake announced while models move is given up if those moves need the room."""
     server = await make(make_server, mib=13)
     server.host.hold("wake", "mistral")
     switching = server.switch("mistral")
@@ -234,7 +234,7 @@ async def test_a_wake_that_begins_while_models_move_finds_the_room_that_they_lea
 
 
 async def test_an_announcement_is_repeated_without_effect(gpu: Server) -> None:
-    """The answer says how far it has come."""
+    """A repeated announcement has no effect; the answer says how far the wake has come."""
     gpu.host.hold("wake_some", "qwen")
     told = [await announce(gpu, "qwen"), await announce(gpu, "qwen")]
     gpu.host.release("wake_some", "qwen")
@@ -245,7 +245,7 @@ async def test_an_announcement_is_repeated_without_effect(gpu: Server) -> None:
 
 
 async def test_a_device_that_wakes_in_one_go_does_so_when_asked(make_server: MakeServer) -> None:
-    """Nothing is begun before."""
+    """A device that cannot wake in slices wakes only on a switch, and nothing starts before."""
     server = await make_server(load=ALIASES, settings=settings(slices=0))
     await asleep(server, "qwen")
 
@@ -260,7 +260,7 @@ async def test_a_device_that_wakes_in_one_go_does_so_when_asked(make_server: Mak
 
 
 async def test_a_wake_is_given_up_when_another_model_is_announced(gpu: Server) -> None:
-    """What it had taken is given back, and the other one wakes then."""
+    """A wake is given up and its memory freed when another model is announced, which then wakes."""
     await announce(gpu, "qwen")
     await gpu.settled()
 
@@ -277,7 +277,7 @@ async def test_a_wake_is_given_up_when_another_model_is_announced(gpu: Server) -
 async def test_who_is_announced_next_has_the_memory_of_who_was_before(
     make_server: MakeServer,
 ) -> None:
-    """It is given back first: the device has room for one of them."""
+    """The memory of one wake is freed before the next, on a device with room for one of them."""
     server = await make(make_server, mib=13)
     await announce(server, "qwen")
     await server.settled()
@@ -293,7 +293,7 @@ async def test_who_is_announced_next_has_the_memory_of_who_was_before(
 
 
 async def test_a_wake_for_a_prediction_ends_when_a_switch_goes_elsewhere(gpu: Server) -> None:
-    """At its begin, as the reading of files does."""
+    """A wake for a prediction ends when a switch to another model starts, as prefetching does."""
     await expect_qwen(gpu)
     gpu.host.hold("activate", "mistral")
 
@@ -306,7 +306,7 @@ async def test_a_wake_for_a_prediction_ends_when_a_switch_goes_elsewhere(gpu: Se
 
 
 async def test_an_announcement_outlives_the_prediction_of_the_same_model(gpu: Server) -> None:
-    """What has been taken for the one is there for the other."""
+    """An announcement keeps the memory that a prediction of the same model has already taken."""
     await expect_qwen(gpu)
     assert "done" == await announce(gpu, "qwen")
 
@@ -316,7 +316,7 @@ async def test_an_announcement_outlives_the_prediction_of_the_same_model(gpu: Se
 
 
 async def test_a_wake_is_given_up_before_anybody_is_evicted(make_server: MakeServer) -> None:
-    """Who is asked for comes first; the plan says so, and the budget holds at any time."""
+    """Early wakes are given up before evictions, the plan lists them, and the budget holds."""
     server = await make(make_server, mib=13)
     await announce(server, "qwen")
     await server.settled()
@@ -336,7 +336,7 @@ async def test_a_wake_is_given_up_before_anybody_is_evicted(make_server: MakeSer
 
 
 async def test_a_wake_stays_where_there_is_room_for_all(gpu: Server) -> None:
-    """A switch to another model does not end what was announced."""
+    """An announced wake survives a switch to another model where there is room for all."""
     await announce(gpu, "qwen")
     await gpu.settled()
 
@@ -347,7 +347,7 @@ async def test_a_wake_stays_where_there_is_room_for_all(gpu: Server) -> None:
 
 
 async def test_nothing_is_evicted_for_a_wake(make_server: MakeServer) -> None:
-    """It is begun once there is room: an announcement stands."""
+    """An announced wake evicts nothing; it starts once there is room."""
     server = await make(make_server, mib=12)
     assert "no_room" == await announce(server, "qwen")
     await server.settled()
@@ -365,7 +365,7 @@ async def test_nothing_is_evicted_for_a_wake(make_server: MakeServer) -> None:
 async def test_an_announced_model_wakes_after_a_switch_if_there_is_room_then(
     make_server: MakeServer,
 ) -> None:
-    """Nobody has to announce it again."""
+    """An announced model wakes after a switch made room, without a second announcement."""
     server = await make(make_server, mib=17)
     await server.operate("mistral", "wake")
     assert "no_room" == await announce(server, "qwen")
@@ -378,7 +378,7 @@ async def test_an_announced_model_wakes_after_a_switch_if_there_is_room_then(
 
 
 async def test_a_wake_is_given_up_when_others_take_memory(gpu: Server) -> None:
-    """Before a model is moved that somebody has asked for."""
+    """When other processes take memory, a wake is given up before a requested model moves."""
     gpu.host.is_device_shared = True
     await gpu.operate("mistral", "wake")
     await announce(gpu, "qwen")
@@ -392,7 +392,7 @@ async def test_a_wake_is_given_up_when_others_take_memory(gpu: Server) -> None:
 
 
 async def test_what_has_not_been_taken_yet_is_not_counted_as_taken(gpu: Server) -> None:
-    """When the device is looked at: who plans counts all of it, others' use is told by what is."""
+    """Planning counts all of a wake; the view of other processes only what it has taken so far."""
     gpu.host.hold("wake_some", "qwen")
     await announce(gpu, "qwen")
     await gpu.settled()
@@ -403,7 +403,7 @@ async def test_what_has_not_been_taken_yet_is_not_counted_as_taken(gpu: Server) 
 
 @pytest.mark.parametrize("operation", ["unload", "wake", "load"])
 async def test_an_operation_takes_a_wake_over(gpu: Server, operation: str) -> None:
-    """In the middle of a slice; nothing is left of it but what the operation leaves."""
+    """An operation in the middle of a slice replaces the wake and leaves its own result."""
     await announce(gpu, "qwen")
     await gpu.settled()
     gpu.host.hold("wake_some", "qwen")
@@ -424,7 +424,7 @@ async def test_an_operation_takes_a_wake_over(gpu: Server, operation: str) -> No
 async def test_a_slice_that_fails_costs_nobody_anything(
     gpu: Server, error: HotswapError, change: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The model sleeps as before; who is served goes on, and the switch wakes it."""
+    """A failed slice leaves the model asleep; the active one continues, and a switch wakes it."""
     gpu.host.hold("wake_some", "qwen")
     await announce(gpu, "qwen")
     await gpu.settled()
@@ -441,7 +441,7 @@ async def test_a_slice_that_fails_costs_nobody_anything(
 
 
 async def test_a_wake_that_cannot_be_finished_leaves_the_model_asleep(gpu: Server) -> None:
-    """Others have taken the memory: the source stays active, and a later switch goes well."""
+    """A wake without memory left to finish leaves the source active; a later switch succeeds."""
     await announce(gpu, "qwen")
     await gpu.settled()
     gpu.host.fail_next("wake", "qwen", NoRoom("no room"))
@@ -454,7 +454,7 @@ async def test_a_wake_that_cannot_be_finished_leaves_the_model_asleep(gpu: Serve
 
 
 async def test_what_a_failed_operation_leaves_of_a_wake_is_given_back(gpu: Server) -> None:
-    """Nobody takes slices any more, and nobody else would."""
+    """After a failed operation the wake's memory is freed: no task takes slices any longer."""
     await announce(gpu, "qwen")
     await gpu.settled()
     gpu.host.fail_next("unload", "qwen")
@@ -469,7 +469,7 @@ async def test_what_a_failed_operation_leaves_of_a_wake_is_given_back(gpu: Serve
 async def test_what_cannot_be_given_back_stays_in_the_books(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who needs the room is told so, and the next attempt goes well."""
+    """Memory that cannot be freed still counts: a switch is refused, and the next one works."""
     server = await make(make_server, mib=13)
     await announce(server, "qwen")
     await server.settled()
@@ -486,7 +486,7 @@ async def test_what_cannot_be_given_back_stays_in_the_books(
 
 
 async def test_a_host_that_dies_in_the_middle_of_a_wake_comes_back(gpu: Server) -> None:
-    """With the model that was served; the one that woke is as gone as the others."""
+    """A host that dies during a wake comes back with its active model; the wake is gone."""
     gpu.host.hold("wake_some", "qwen")
     await announce(gpu, "qwen")
     await gpu.settled()
@@ -501,7 +501,7 @@ async def test_a_host_that_dies_in_the_middle_of_a_wake_comes_back(gpu: Server) 
 
 
 async def test_a_wake_is_given_up_when_the_engine_dies_that_is_served(gpu: Server) -> None:
-    """Bringing it back comes first."""
+    """A wake is given up when the active engine dies: recovery comes first."""
     await announce(gpu, "qwen")
     await gpu.settled()
 
@@ -513,7 +513,7 @@ async def test_a_wake_is_given_up_when_the_engine_dies_that_is_served(gpu: Serve
 
 
 def test_a_slice_that_never_ends_is_ended_like_a_step(play: Play) -> None:
-    """It may wait for a step as long as that may take, and for as long as a command then."""
+    """A slice without an end gets the limits of a step and of a command; then the host restarts."""
 
     async def story(server: Server) -> None:
         await asleep(server, "qwen")
@@ -536,7 +536,7 @@ def test_a_slice_that_never_ends_is_ended_like_a_step(play: Play) -> None:
 
 
 async def test_a_server_stops_in_the_middle_of_a_wake(gpu: Server) -> None:
-    """Nothing waits for it."""
+    """A stop does not wait for a wake."""
     gpu.host.hold("wake_some", "qwen")
     await announce(gpu, "qwen")
     await gpu.settled()
@@ -547,7 +547,7 @@ async def test_a_server_stops_in_the_middle_of_a_wake(gpu: Server) -> None:
 
 
 async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: MakeServer) -> None:
-    """Its policy says so, whatever was announced."""
+    """An idle model's policy unloads it with its early wake, even if it was announced."""
     now = [0.0]
     server = await make(
         make_server,
@@ -564,18 +564,18 @@ async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: Mak
     assert await waking(server) is None
 
 
-# --- whoever moves models meets a wake that waits for them ------------------------------------
+# --- moves that meet a wake waiting for them --------------------------------------------------
 
 
 def tight(play: Play, story: Any, mib: int = 13) -> None:
-    """Play a story in which what waits for ever has the host ended, after ten seconds."""
+    """Play a story in which a wait without an end makes the host restart, after ten seconds."""
     recovery = RecoveryConfig(step_timeout=10, command_timeout=10)
     budget = Usage(mib * MIB, 100 * MIB)
     play(story, load=ALIASES, settings=settings(), budget=budget, recovery=recovery)
 
 
 async def between_slices(server: Server, *others: str) -> None:
-    """qwen's first slice ends while somebody moves models; others' wakes queue behind it."""
+    """End qwen's first slice while models move; others' wakes queue behind it."""
     server.host.hold("wake_some", "qwen")
     for alias in ("qwen", *others):
         model = server.coordinator.registry.model(alias)
@@ -584,7 +584,7 @@ async def between_slices(server: Server, *others: str) -> None:
 
 
 def test_a_switch_that_has_drained_ends_a_wake_between_two_slices(play: Play) -> None:
-    """It has the turn that the next slice waits for, and needs the room: neither waits for ever."""
+    """A drained switch that needs a wake's room ends it: neither waits for the other for ever."""
 
     async def story(server: Server) -> None:
         await asleep(server, "qwen", "mistral")
@@ -610,7 +610,7 @@ def test_a_switch_that_has_drained_ends_a_wake_between_two_slices(play: Play) ->
 
 @pytest.mark.parametrize("way", ["relieve", "make_all_room", "load", "wake"])
 def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -> None:
-    """Whichever way needs the room that the wake has taken."""
+    """Each way to make room ends a wake that waits for its next slice."""
 
     async def story(server: Server) -> None:
         await asleep(server, "qwen", "mistral")
@@ -647,7 +647,7 @@ async def in_turn(server: Server, target: Model) -> None:
 
 
 def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
-    """The one has its slice, and waits for the turn; the other waits for its slice."""
+    """Two wakes end although one waits for the lock and the other for the first one's slice."""
 
     async def story(server: Server) -> None:
         await asleep(server, "qwen", "mistral")
@@ -667,11 +667,11 @@ def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
     tight(play, story, mib=18)
 
 
-# --- what is given back -----------------------------------------------------------------------
+# --- freeing memory ---------------------------------------------------------------------------
 
 
 def test_giving_back_may_wait_for_a_load(play: Play) -> None:
-    """Its parts wait in the host behind whatever is asked for; only what hangs is ended."""
+    """Freeing a wake may wait for a load in the host; only beyond that is the host restarted."""
 
     async def story(server: Server) -> None:
         await asleep(server, "qwen")
@@ -696,7 +696,7 @@ def test_giving_back_may_wait_for_a_load(play: Play) -> None:
 
 
 async def test_what_is_taken_is_told_of_one_device(gpu: Server) -> None:
-    """Of a model on two of them, whose progress is that of both; what is given back is not."""
+    """A model on two devices reports the memory of both; the books count that of one."""
     gpu.host.hold("wake_some", "qwen")
     gpu.host.hold("give_up_wake", "qwen")
     await announce(gpu, "qwen")
@@ -716,7 +716,7 @@ async def test_what_is_taken_is_told_of_one_device(gpu: Server) -> None:
 
 
 async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) -> None:
-    """Whoever took the wake over has gone before it had ended."""
+    """A task cancelled while it waits for a slice to end leaves nothing of the wake behind."""
     await announce(gpu, "qwen")
     await gpu.settled()
     model = gpu.coordinator.registry.model("qwen")
@@ -735,7 +735,7 @@ async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) 
 
 
 async def test_no_wake_begins_once_the_server_ends(gpu: Server) -> None:
-    """Nothing would end it."""
+    """No wake starts once the server stops, because nothing would end it."""
     ladder = gpu.coordinator.ladder
     ladder.close()
 
@@ -745,7 +745,7 @@ async def test_no_wake_begins_once_the_server_ends(gpu: Server) -> None:
 
 
 async def test_room_for_all_is_made_although_a_wake_cannot_be_given_back(gpu: Server) -> None:
-    """The model is unloaded, which gives it back; so are those after it."""
+    """Making room for all unloads a model whose wake cannot be freed, and the later ones too."""
     await announce(gpu, "qwen")
     await gpu.settled()
     gpu.host.fail_next("give_up_wake", "qwen")

@@ -1,4 +1,4 @@
-"""What is shown while something takes long."""
+"""What is shown while a step takes long."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 def test_something_long_is_told_at_once_and_again_now_and_then(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where there is no terminal: with the seconds since it began."""
+    """Without a terminal, a long step is reported at once and again with the seconds so far."""
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     now, said = [100.0], []
     shown = Waiting("loading", lambda what, after_s: said.append((what, after_s)), lambda: now[0])
@@ -31,7 +31,7 @@ def test_something_long_is_told_at_once_and_again_now_and_then(
 
 
 def test_a_terminal_has_one_line_that_counts_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of it is left."""
+    """A terminal has one line that counts, and nothing of it is left at the end."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     shown = Waiting("loading", lambda *_: pytest.fail("a line was told"))
@@ -45,7 +45,7 @@ def test_a_terminal_has_one_line_that_counts_and_goes(monkeypatch: pytest.Monkey
 
 
 class Lines(logging.Handler):
-    """Keeps what is logged."""
+    """Keep what is logged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Lines(logging.Handler):
 
 
 def test_a_step_of_the_start_is_logged_before_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not behind it, when nobody wonders any more."""
+    """A step of the start is logged before it runs, not after it."""
     lines, logger = Lines(), logging.getLogger("vllm_hotswap")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(logger, "handlers", [lines])

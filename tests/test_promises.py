@@ -1,8 +1,8 @@
-"""What requests are promised, whatever the policy does: held over traces that hypothesis makes up.
+"""What requests are promised, whatever the policy does: checked over traces from hypothesis.
 
-The simulator drives the scheduler of the server. The policies are those that ship, and adversaries:
-one that never switches, one that never admits what it may hold back, one that switches all the
-time, to whoever is last, and one that parks at once, too.
+The simulator drives the scheduler of the server. The policies are the built-in ones, and
+adversaries: one that never switches, one that never admits what it may hold back, one that switches
+all the time, to the last model, and one that also parks at once.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ requests = st.builds(
 
 @st.composite
 def traces(draw: st.DrawFn) -> Trace:
-    """Some requests; a part of them come after the end of others."""
+    """Draw some requests; some of them come after the end of others."""
     drawn = draw(st.lists(requests, min_size=1, max_size=25))
     after = draw(st.lists(st.booleans(), min_size=len(drawn), max_size=len(drawn)))
     numbered = [
@@ -110,7 +110,7 @@ anything = pytest.mark.parametrize("policy", ALL.values(), ids=ALL)
 
 
 def play(trace: Trace, policy: Policy, world: World) -> Run:
-    """The whole trace; a simulation that gets nowhere is a failure rather than a hang."""
+    """Run the whole trace; a simulation without progress is a failure, not a hang."""
     simulation = Simulation(trace, policy, world)
     tokens = sum(1 + request.prompt_tokens + request.output_tokens for request in trace.requests)
     most_s = sum(world.service.alone_s(r.prompt_tokens, r.output_tokens) for r in trace.requests)
@@ -123,7 +123,7 @@ def play(trace: Trace, policy: Policy, world: World) -> Run:
 
 
 def switches_before(run: Run, one: Served) -> list[Switched]:
-    """Those that a request waited for once it was due; where nothing takes time, many have their
+    """Return the switches that a request waited for once it was due; where nothing takes time, many
     end at the same moment.
     """
     behind = []
@@ -136,8 +136,8 @@ def switches_before(run: Run, one: Served) -> list[Switched]:
 
 
 def longest_switch_s(world: World) -> float:
-    """Of a switch for somebody who is due: what runs is parked once its model was active for long
-    enough, and then the switch takes what it costs.
+    """Return the time of a switch for a due request: what runs is parked once its model was active
+    for long enough, and then the switch takes what it costs.
     """
     cost_s = world.costs.default_s
     return max(WORKED_S, 2 * cost_s) + cost_s
@@ -147,10 +147,10 @@ def longest_switch_s(world: World) -> float:
 @given(trace=traces(), world=worlds)
 @settings(max_examples=examples(12), deadline=None)
 def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
-    """From when it is due until it is admitted the server does nothing but switch: it ends the
-    switch under way, goes to every other model whose requests were due before, once at most, and
-    then to its own. Nobody is admitted meanwhile but on arrival at one of these models. Whatever
-    runs there, and for however long, it waits for no drain beside the switches.
+    """From its due time until its admission, a request waits for switches only: the one under way,
+    at most one to each model with requests due before, and the one to its own. In that time,
+    requests are admitted only on arrival at one of these models. It waits for no drain besides the
+    switches, whatever runs there, and for however long.
     """
     run = play(trace, policy, world)
     served = list(run)
@@ -181,8 +181,8 @@ def test_no_request_waits_longer_than_promised(policy: Policy, trace: Trace, wor
 def test_max_wait_bounds_how_long_a_request_is_parked(
     policy: Policy, trace: Trace, world: World
 ) -> None:
-    """It is due again when it has been parked for so long, and is then next in its turn: after the
-    switch under way, and each other model once.
+    """A request parked for `max_wait` is due again, and continues after the switch under way and at
+    most one switch to each other model.
     """
     run = play(trace, policy, world)
     most_s = (len(ALIASES) + 1) * longest_switch_s(world)
@@ -201,7 +201,7 @@ def test_max_wait_bounds_how_long_a_request_is_parked(
 
 
 def first_due_s(run: Run, switch: Switched) -> float:
-    """When the first of those is due who wait while a switch drains."""
+    """Return when the first of the requests that wait while a switch drains is due."""
     waiting = [
         one.due_s
         for one in run
@@ -216,8 +216,8 @@ def first_due_s(run: Run, switch: Switched) -> float:
 @given(trace=traces(), world=worlds)
 @settings(max_examples=examples(8), deadline=None)
 def test_a_switch_takes_no_longer_than_promised(policy: Policy, trace: Trace, world: World) -> None:
-    """It waits for `drain_timeout`, until somebody is due, or until its source was active for as
-    long as there and back takes; and not for longer than something runs.
+    """A drain ends with the last running request, at `drain_timeout`, or when a request is due, but
+    not before its source was active for as long as the way there and back takes.
     """
     run = play(trace, policy, world)
     cost_s = world.costs.default_s
@@ -243,7 +243,7 @@ def test_a_switch_takes_no_longer_than_promised(policy: Policy, trace: Trace, wo
 def test_requests_of_a_model_are_admitted_in_the_order_in_which_they_came(
     policy: Policy, trace: Trace, world: World
 ) -> None:
-    """Whatever their priorities, and however long they may wait."""
+    """A model's requests are admitted in order of arrival, despite priority and `max_wait`."""
     by_model: dict[str, list[Served]] = defaultdict(list)
     for one in play(trace, policy, world):
         by_model[one.request.model].append(one)
@@ -261,8 +261,8 @@ def test_requests_of_a_model_are_admitted_in_the_order_in_which_they_came(
 @given(trace=traces(), world=worlds)
 @settings(max_examples=examples(6), deadline=None)
 def test_every_switch_gets_somebody_further(policy: Policy, trace: Trace, world: World) -> None:
-    """Who it was for is admitted or goes on at once, and works until it ends, until the drain is
-    over, or for as long as the way there and back takes: no two models pass the server to and fro.
+    """A switch admits or resumes its requests at once; they work until they end, the drain is over,
+    or for the time there and back, so two models cannot alternate without progress.
     """
     run = play(trace, policy, world)
     least_s = max(WORKED_S, 2 * world.costs.default_s)
@@ -282,7 +282,7 @@ def test_every_switch_gets_somebody_further(policy: Policy, trace: Trace, world:
 @given(trace=traces(), world=worlds)
 @settings(max_examples=examples(6), deadline=None)
 def test_every_request_is_served(policy: Policy, trace: Trace, world: World) -> None:
-    """Once, to its end, not faster than alone, and in a time that is bounded."""
+    """Every request is served once, to its end, not faster than alone, in a limited time."""
     for one in play(trace, policy, world):
         request = one.request
         alone_s = world.service.alone_s(request.prompt_tokens, request.output_tokens)

@@ -1,4 +1,4 @@
-"""However often a client asks, the log has a few lines of it, and how many were left out."""
+"""However often a client asks, the log has a few lines of it, and a count of the rest."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def clock() -> Clock:
 
 
 BELOW = ("uvicorn.access", "uvicorn.error", log_of_clients.name)
-"""Loggers that tell theirs above; servers of other tests may have changed that."""
+"""Loggers that pass records to their parents; servers of other tests may have changed that."""
 
 
 @pytest.fixture
 def lines(clock: Clock) -> Iterator[Callable[[], list[str]]]:
-    """What reaches the log through all filters."""
+    """Collect what reaches the log through all filters."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -82,7 +82,7 @@ Lines = Callable[[], list[str]]
 def test_one_line_of_a_kind_is_told_and_the_others_are_counted(
     lines: Lines, filtered: Quiet, clock: Clock
 ) -> None:
-    """The next one says how many; then it begins anew."""
+    """One line of a kind is logged, the next one counts those between, and then it starts over."""
 
     def tell(number: int) -> None:
         log_of_clients.warning("event=refused number=%d name=%r", number, "100%s")
@@ -102,7 +102,7 @@ def test_one_line_of_a_kind_is_told_and_the_others_are_counted(
 
 
 def test_kinds_do_not_hide_each_other(lines: Lines, filtered: Quiet) -> None:
-    """Other places, other exceptions, and what a place calls its kinds."""
+    """Different places, exceptions and declared kinds do not hide each other."""
     for _ in range(3):
         log_of_clients.warning("event=a")
         log_of_clients.warning("event=b")
@@ -116,7 +116,7 @@ def test_kinds_do_not_hide_each_other(lines: Lines, filtered: Quiet) -> None:
 
 
 def test_what_a_client_writes_makes_no_kind(lines: Lines, filtered: Quiet) -> None:
-    """Nor does it fill the memory."""
+    """A client's text makes no kind of its own, and does not fill the memory."""
     for number in range(MANY):
         logging.getLogger("uvicorn.error").error(f"no such thing: {number}")  # noqa: G004
 
@@ -128,7 +128,7 @@ def test_what_a_client_writes_makes_no_kind(lines: Lines, filtered: Quiet) -> No
 def test_lines_that_no_client_causes_are_all_there(
     lines: Lines, filtered: Quiet, name: str
 ) -> None:
-    """Also those of the access log, which is there on demand."""
+    """Lines that no client causes are all logged, and so is the access log, which is optional."""
     for _ in range(3):
         logging.getLogger(name).warning("once more")
 
@@ -148,7 +148,7 @@ def test_lines_that_no_client_causes_are_all_there(
 def test_what_vllm_warns_of_for_each_request_is_told_once(
     lines: Lines, filtered: Quiet, name: str
 ) -> None:
-    """Wherever in vLLM that is. Its lines without a warning are there on demand."""
+    """A warning of vLLM's for each request is logged once; its optional lines are all there."""
     logger = logging.getLogger(name)
     for number in range(3):
         logger.warning("bad request %d", number)
@@ -160,7 +160,7 @@ def test_what_vllm_warns_of_for_each_request_is_told_once(
 def test_what_a_library_warns_of_is_told_once(
     filtered: Quiet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where nobody has set its logger up, Python writes its warnings to the standard error."""
+    """A library's warning is logged once, also where Python writes it to the standard error."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     for number in range(3):
         logging.getLogger("a_library.of_images").warning("bad image %d", number)
@@ -169,7 +169,7 @@ def test_what_a_library_warns_of_is_told_once(
 
 
 def test_errors_from_other_places_do_not_hide_each_other(lines: Lines, filtered: Quiet) -> None:
-    """One that clients cause at will must not cost the operator the next one's stack trace."""
+    """Errors from other places are logged: one that clients cause must not hide the next trace."""
 
     def of_clients() -> None:
         raise ValueError("what a client sent")
@@ -190,7 +190,7 @@ def test_errors_from_other_places_do_not_hide_each_other(lines: Lines, filtered:
 
 
 def test_lines_of_code_that_a_client_writes_make_no_kinds(lines: Lines, filtered: Quiet) -> None:
-    """A chat template's error is at whichever of its lines the client likes."""
+    """A chat template's error is one kind, at whichever of its lines a client causes it."""
     for number in range(10):
         code = compile("\n" * number + "1 / 0", "<template>", "exec")
         try:
@@ -205,7 +205,7 @@ def test_lines_of_code_that_a_client_writes_make_no_kinds(lines: Lines, filtered
 def test_what_was_left_out_is_told_where_no_such_line_follows(
     lines: Lines, filtered: Quiet, clock: Clock, name: str
 ) -> None:
-    """With the next line of another kind, whoever's, once."""
+    """A count without a following line of its kind is logged once, with the next other line."""
     for _ in range(5):
         log_of_clients.warning("event=refused")
     clock.now_s += QUIET_S
@@ -218,7 +218,7 @@ def test_what_was_left_out_is_told_where_no_such_line_follows(
 
 
 def test_what_was_left_out_is_told_at_the_end(lines: Lines, filtered: Quiet) -> None:
-    """And once only."""
+    """The counts left are logged at the end, once only."""
     for _ in range(5):
         log_of_clients.warning("event=refused")
     filtered.end()
@@ -228,7 +228,7 @@ def test_what_was_left_out_is_told_at_the_end(lines: Lines, filtered: Quiet) -> 
 
 
 def test_an_exception_that_was_told_is_let_go(lines: Lines, filtered: Quiet) -> None:
-    """With its frames, which hold a request's prompt."""
+    """A logged exception is released with its frames, which hold a request's prompt."""
 
     class Held(Exception):
         pass
@@ -269,7 +269,7 @@ def test_a_count_raises_into_nobody_who_logs(
     args: tuple[object, ...],
     expected: str | None,
 ) -> None:
-    """Of a line that cannot be put together, logging itself tells that, as without a count."""
+    """Counting never raises into the code that logs; logging itself reports a malformed line."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
     for seconds in (0, 0, QUIET_S):
         clock.now_s += seconds
@@ -282,7 +282,7 @@ def test_a_count_raises_into_nobody_who_logs(
 def test_lines_about_websockets_belong_to_the_access_log(
     lines: Lines, has_access_log: bool
 ) -> None:
-    """With which uvicorn does not leave them out."""
+    """Lines about WebSockets are logged only with the access log, though uvicorn writes them."""
     filtered = Quiet(has_access_log)
     filtered.begin()
     for _ in range(3):
@@ -332,7 +332,7 @@ def request(path: str, *fields: str, method: str = "GET") -> bytes:
 async def test_a_hundred_requests_without_a_key_make_a_few_lines(
     make_server: MakeServer, lines: Lines, sent: bytes, expected: int
 ) -> None:
-    """Whatever they are refused for; the access log, which has a line for each, is off."""
+    """A hundred requests refused for any reason make a few lines while the access log is off."""
     server = await make_server(access=Access(["a-key"], ["admin"]))
     given = {"uvicorn_log_level": "info"}
     async with listening_with(server, None, None, AS_IT_IS, **given) as at:
@@ -342,7 +342,7 @@ async def test_a_hundred_requests_without_a_key_make_a_few_lines(
 
 
 async def answers_to(port: int, sent: bytes, count: int) -> list[Told]:
-    """To so many requests, each on a connection of its own, ten at a time."""
+    """Return the answers to so many requests, each on its own connection, ten at a time."""
 
     async def one() -> Told:
         client = await Raw.connect(port)
@@ -360,7 +360,7 @@ async def answers_to(port: int, sent: bytes, count: int) -> list[Told]:
 async def test_a_hundred_connections_without_a_place_make_a_few_lines(
     server: Server, lines: Lines
 ) -> None:
-    """Here another client has the only one."""
+    """A hundred connections without a place make a few lines; here another client has it."""
     limits = LimitsConfig(connections=1)
     async with listening_with(server, limits, None, AS_IT_IS, uvicorn_log_level="info") as at:
         with RawClient(at.port) as held:
@@ -375,7 +375,7 @@ async def test_a_hundred_connections_without_a_place_make_a_few_lines(
 async def test_a_thousand_names_that_are_not_ours_make_a_few_lines(
     server: Server, lines: Lines
 ) -> None:
-    """A page that has had its name resolved to this machine asks as often as it likes."""
+    """A thousand requests for foreign host names make a few lines: a web page can send many."""
     server.app._cross_site = CrossSite(checks_host=lambda: True)
     limits = LimitsConfig(refusals_per_second=MANY)
     async with listening_with(server, limits, None, AS_IT_IS) as at:
@@ -389,7 +389,7 @@ async def test_a_thousand_names_that_are_not_ours_make_a_few_lines(
 async def test_a_hundred_answers_that_fail_make_a_few_lines(
     server: Server, lines: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One for each code, whoever has caused it."""
+    """A hundred failed responses make a few lines, one per code, whichever client caused it."""
 
     async def fail(*_: object) -> None:
         raise EngineUnavailable("the model is gone")
@@ -403,7 +403,7 @@ async def test_a_hundred_answers_that_fail_make_a_few_lines(
 
 
 async def test_answers_that_are_cut_leave_one_stack_trace(lines: Lines) -> None:
-    """uvicorn tells each exception that an application raises, and a cut answer is one."""
+    """Aborted responses leave one stack trace, although uvicorn logs each exception."""
 
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise OSError("the client does not read")
@@ -416,7 +416,7 @@ async def test_answers_that_are_cut_leave_one_stack_trace(lines: Lines) -> None:
 
 
 async def test_asyncios_lines_are_bounded(lines: Lines, server: Server) -> None:
-    """What becomes of a task whose exception nobody has read, and of a callback that raises."""
+    """Lines of asyncio about unread exceptions of tasks and raising callbacks are limited."""
     async with listening_with(server, None, None, AS_IT_IS):
         loop = asyncio.get_running_loop()
         for number in range(MANY):

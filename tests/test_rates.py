@@ -22,7 +22,7 @@ ADMIN = Account("admin", "root", is_admin=True)
 
 
 class Clock:
-    """Shows what it is set to."""
+    """A clock that shows what it is set to."""
 
     now_s = 0.0
 
@@ -40,7 +40,7 @@ def take(bounds: Rates, account: Account, count: int) -> None:
 
 
 def test_key_has_a_minutes_worth_at_once_and_then_the_rate() -> None:
-    """Told how long to wait, in whole seconds; other keys and admins are not held up."""
+    """A key has a minute's worth at once, then its rate, with the wait in whole seconds."""
     clock = Clock()
     bounds = rates(clock, requests_per_minute=30)
     take(bounds, ANN, 30)
@@ -62,7 +62,7 @@ def test_key_has_a_minutes_worth_at_once_and_then_the_rate() -> None:
 
 
 def test_what_is_given_back_is_there_again() -> None:
-    """And never more than a minute's worth."""
+    """What is given back can be used again, up to a minute's worth."""
     bounds = rates(Clock(), requests_per_minute=2)
     take(bounds, ANN, 2)
     bounds.give_back(ANN)
@@ -76,7 +76,7 @@ def test_what_is_given_back_is_there_again() -> None:
 
 
 def test_tokens_are_paid_for_afterwards() -> None:
-    """Nobody knows before how many they are; who has taken more waits until it is made up for."""
+    """Tokens are charged afterwards, when their number is known; an overdrawn key waits."""
     clock = Clock()
     bounds = rates(clock, tokens_per_minute=600)
     bounds.take(ANN)
@@ -92,7 +92,7 @@ def test_tokens_are_paid_for_afterwards() -> None:
 
 
 def test_a_group_says_it_for_each_of_its_keys() -> None:
-    """More, less, or that there is no bound (0)."""
+    """A group sets the limit of each of its keys: more, less, or none (0)."""
     bounds = rates(switches_per_minute=2)
     one, other, free = (
         Account("group team", key, is_bounded=True, per_minute=PerMinute(switches=switches))
@@ -111,7 +111,7 @@ def test_a_group_says_it_for_each_of_its_keys() -> None:
 
 
 def test_defaults_count_elsewhere_than_on_loopback_and_for_keys() -> None:
-    """Whoever has none cannot be told from others, so that one would shut out all."""
+    """Defaults apply only to keys beyond loopback: without keys, one caller would block all."""
     most = ELSEWHERE.requests
     assert most is not None
     take(rates(), ANN, most + 1)
@@ -152,7 +152,7 @@ async def ask(server: Server, key: str, **body: object) -> int:
 
 
 async def test_calls_of_one_key_are_counted(make_server: MakeServer) -> None:
-    """However many answers each asks for; others are served, and admins always."""
+    """Each key's calls are counted, whatever `n` they ask for; others and admins are served."""
     clock = Clock()
     limits = LimitsConfig(requests_per_minute=3)
     server = await make_server(access=ACCESS, limits=limits, clock=clock)
@@ -165,7 +165,7 @@ async def test_calls_of_one_key_are_counted(make_server: MakeServer) -> None:
 
 
 async def test_batches_of_embeddings_pass_by_default(make_server: MakeServer) -> None:
-    """Five calls at once of as many inputs as there may be, and more within the minute."""
+    """Five of the largest batches of embeddings pass at once, and more within the minute."""
     models = {"llama": FakeSettings(tasks=("embed",))}
     server = await make_server(access=ACCESS, clock=Clock(), settings=models)
     server.app.router._rates._is_local = lambda: False
@@ -181,7 +181,7 @@ async def test_batches_of_embeddings_pass_by_default(make_server: MakeServer) ->
 
 
 async def test_call_that_the_server_refuses_costs_nothing(make_server: MakeServer) -> None:
-    """For a model that is not active, or where there is no room: it may be tried again."""
+    """A refused call, for an inactive model or without room, costs nothing: it may be retried."""
     limits = LimitsConfig(requests_per_minute=1, in_flight=5)
     server = await make_server(access=ACCESS, limits=limits, clock=Clock())
 
@@ -195,7 +195,7 @@ async def test_call_that_the_server_refuses_costs_nothing(make_server: MakeServe
 
 
 async def test_call_that_finds_no_place_in_the_queue_costs_nothing(make_server: MakeServer) -> None:
-    """In the mode `auto`, where its model has a frontend that it has passed already."""
+    """In the mode `auto`, a call that finds the queue full costs nothing."""
     limits = LimitsConfig(requests_per_minute=1)
     server = await make_server(
         access=ACCESS, limits=limits, mode="auto", max_waiting=1, clock=Clock()
@@ -211,7 +211,7 @@ async def test_call_that_finds_no_place_in_the_queue_costs_nothing(make_server: 
 
 
 async def test_tokens_of_one_key_are_counted(make_server: MakeServer) -> None:
-    """By its group, once it has had them."""
+    """A key's tokens are counted by its group's limit, after they were generated."""
     server = await make_server(access=ACCESS, clock=Clock())
 
     assert 200 == await ask(server, "team", max_tokens=60)
@@ -220,7 +220,7 @@ async def test_tokens_of_one_key_are_counted(make_server: MakeServer) -> None:
 
 
 async def test_switches_of_one_key_are_counted(make_server: MakeServer) -> None:
-    """In the mode `auto`, whoever has a model come; requests for the active one are none."""
+    """In the mode `auto`, requests that bring a model up count as switches of their key."""
     limits = LimitsConfig(switches_per_minute=2)
     server = await make_server(access=ACCESS, limits=limits, mode="auto", clock=Clock())
 
@@ -230,7 +230,7 @@ async def test_switches_of_one_key_are_counted(make_server: MakeServer) -> None:
 
 
 async def test_requests_that_never_switch_are_no_switches(make_server: MakeServer) -> None:
-    """Those that need no engine, and those that are refused before they wait for one."""
+    """Requests that need no engine, or are refused before they wait, do not count as switches."""
     limits = LimitsConfig(switches_per_minute=1)
     server = await make_server(access=ACCESS, limits=limits, mode="auto", clock=Clock())
     headers = {"authorization": "Bearer ann"}
@@ -251,7 +251,7 @@ async def test_requests_that_never_switch_are_no_switches(make_server: MakeServe
 
 
 async def test_calls_that_switch_are_counted_where_everybody_may(make_server: MakeServer) -> None:
-    """With `VLLM_SERVER_DEV_MODE` and no admin key."""
+    """Switch calls are counted with `VLLM_SERVER_DEV_MODE` and no admin key, too."""
     server = await make_server(limits=LimitsConfig(switches_per_minute=1), clock=Clock())
 
     assert 200 == (await server.switch("qwen")).status_code

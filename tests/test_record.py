@@ -49,7 +49,7 @@ SWITCH = SwitchEnded(
 
 
 class Clock:
-    """Shows 1000 s first."""
+    """A clock that shows 1000 s first."""
 
     now_s = 1000.0
 
@@ -58,7 +58,7 @@ class Clock:
 
 
 def test_requests_and_switches_are_in_the_file_at_once(tmp_path: Path) -> None:
-    """With times since the recording began; the server need not come to its end."""
+    """Requests and switches are in the file at once, with times since the recording started."""
     path, clock = tmp_path / "t.jsonl", Clock()
     recorder = Recorder(path, HEAD, clock)
     clock.now_s = 1005.0
@@ -78,7 +78,7 @@ def test_requests_and_switches_are_in_the_file_at_once(tmp_path: Path) -> None:
 
 
 def test_what_never_asked_for_its_engine_is_not_recorded(tmp_path: Path) -> None:
-    """A refused request was nothing to schedule."""
+    """A request that was refused before it needed its engine is not recorded."""
     recorder = Recorder(tmp_path / "t.jsonl", HEAD)
     recorder.notify(RequestEnded(1, "a", "served"))
     recorder.close()
@@ -87,7 +87,7 @@ def test_what_never_asked_for_its_engine_is_not_recorded(tmp_path: Path) -> None
 
 
 def test_a_connection_is_not_recorded(tmp_path: Path) -> None:
-    """How long it was open is not what a request takes."""
+    """A connection is not recorded: how long it was open is not what a request takes."""
     recorder = Recorder(tmp_path / "t.jsonl", HEAD)
     recorder.notify(replace(REQUEST, is_connection=True))
     recorder.close()
@@ -96,7 +96,7 @@ def test_a_connection_is_not_recorded(tmp_path: Path) -> None:
 
 
 def test_a_recording_is_not_overwritten(tmp_path: Path) -> None:
-    """Nor begun where it cannot be written."""
+    """An existing file is not overwritten, and an unwritable one is refused."""
     (tmp_path / "t.jsonl").write_text("")
 
     with pytest.raises(ConfigError, match="exists and is not overwritten"):
@@ -108,7 +108,7 @@ def test_a_recording_is_not_overwritten(tmp_path: Path) -> None:
 def test_a_full_disk_ends_the_recording_and_not_the_server(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is logged once."""
+    """A full disk ends the recording, not the server, and is logged once."""
     monkeypatch.setattr(record, "log", logging.getLogger("a-test-of-recordings"))
     (tmp_path / "full").symlink_to("/dev/full")
     monkeypatch.setattr(record, "create", lambda path: path.open("w"))
@@ -123,7 +123,7 @@ def test_a_full_disk_ends_the_recording_and_not_the_server(
 def test_what_no_trace_can_hold_is_dropped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server and the recording go on; it is logged once."""
+    """What no trace can hold is dropped and logged once; the server and the recording continue."""
     monkeypatch.setattr(record, "log", logging.getLogger("a-test-of-recordings"))
     caplog.set_level(logging.WARNING)
     recorder = Recorder(tmp_path / "t.jsonl", HEAD, Clock())
@@ -139,7 +139,7 @@ def test_what_no_trace_can_hold_is_dropped(
 
 
 def test_the_head_says_how_the_server_was_set(tmp_path: Path) -> None:
-    """Models' own settings, or those of `switching`."""
+    """The head has each model's own settings, or those of `switching`."""
     path = tmp_path / "models.yaml"
     path.write_text(
         "switching: {policy: fifo, max_wait: 7, min_active: 1, slice: 3, drain_timeout: 9}\n"
@@ -156,7 +156,7 @@ def test_the_head_says_how_the_server_was_set(tmp_path: Path) -> None:
 
 
 def test_a_file_that_exists_ends_the_start(tmp_path: Path) -> None:
-    """Before anything slow is done, with one line."""
+    """An existing file stops the start before anything slow, with one line."""
     (tmp_path / "models.yaml").write_text("models: {llama: {model: org/llama}}")
     (tmp_path / "t.jsonl").write_text("precious")
     flags = ["--port", "0", "--record", str(tmp_path / "t.jsonl")]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def play(play: Play) -> Play:
-    """Runs a story on a server that is watched, under virtual time."""
+    """Run a story on a server that is watched, under virtual time."""
 
     def run(story: Story, **recovery: Any) -> None:
         async def watched(server: Server) -> None:
@@ -54,7 +54,7 @@ def causes(events: Recorder, kind: type[Any]) -> list[str]:
 
 
 def test_the_last_active_model_comes_back_after_a_death(play: Play) -> None:
-    """In a new host, with the same frontend; others are cold and come with their next switch."""
+    """After a death, a new host has the last active model; others are cold until switched to."""
 
     async def story(server: Server) -> None:
         await server.coordinator.switch("qwen")
@@ -74,7 +74,7 @@ def test_the_last_active_model_comes_back_after_a_death(play: Play) -> None:
 
 
 def test_requests_for_the_model_that_comes_back_are_held(play: Play) -> None:
-    """Once its load has begun; those for others are told to come again."""
+    """While a model is loaded again its requests are held; others get a time to retry."""
 
     async def story(server: Server) -> None:
         server.host.kill()
@@ -93,7 +93,7 @@ def test_requests_for_the_model_that_comes_back_are_held(play: Play) -> None:
 
 
 def test_a_target_that_kills_the_host_is_not_brought_back(play: Play) -> None:
-    """It was never verified; the source comes back."""
+    """A target that kills the host was never verified, so the source comes back."""
 
     async def story(server: Server) -> None:
         server.host.hold("verify", "qwen")
@@ -111,7 +111,7 @@ def test_a_target_that_kills_the_host_is_not_brought_back(play: Play) -> None:
 
 
 def test_a_host_that_hangs_is_ended_and_restarted(play: Play) -> None:
-    """After `hang_timeout` without a sign of life; open requests fail explicitly then."""
+    """A host without a sign of life for `hang_timeout` is restarted; open requests fail then."""
 
     async def story(server: Server) -> None:
         began_s = now_s()
@@ -129,7 +129,7 @@ def test_a_host_that_hangs_is_ended_and_restarted(play: Play) -> None:
 
 
 def test_a_loop_that_was_blocked_ends_nobody(play: Play) -> None:
-    """The host could not have been heard meanwhile: what counts is how often it was asked."""
+    """A blocked loop does not end the host: only missed answers to its questions count."""
 
     async def story(server: Server) -> None:
         loop: Any = asyncio.get_running_loop()
@@ -143,7 +143,7 @@ def test_a_loop_that_was_blocked_ends_nobody(play: Play) -> None:
 
 
 def test_a_clock_that_is_set_changes_nothing(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here asks what day it is."""
+    """Setting the system's clock changes nothing, because only intervals count."""
 
     async def story(server: Server) -> None:
         for offset_s in (3600, -7200):
@@ -159,7 +159,7 @@ def test_a_clock_that_is_set_changes_nothing(play: Play, monkeypatch: pytest.Mon
 
 
 def test_a_step_that_never_ends_is_ended(play: Play) -> None:
-    """The host answers, but its compute thread does not go on."""
+    """A step that never ends restarts the host, although its other thread answers."""
 
     async def story(server: Server) -> None:
         server.host.step_s = 601.0
@@ -180,7 +180,7 @@ def test_a_step_that_never_ends_is_ended(play: Play) -> None:
 def test_what_takes_too_long_ends_the_host(
     play: Play, operation: str, alias: str, limit_s: float
 ) -> None:
-    """The compute thread cannot be stopped: the switch fails, and the source is brought back."""
+    """A command that takes too long ends the host: the switch fails, and the source comes back."""
 
     async def story(server: Server) -> None:
         began_s = now_s()
@@ -197,7 +197,7 @@ def test_what_takes_too_long_ends_the_host(
 
 
 def test_a_model_that_cannot_come_back_is_tried_again_and_again(play: Play) -> None:
-    """Ever more seldom; the server says that it is degraded; a repaired file ends that."""
+    """A model that cannot come back is tried ever more rarely; repairing its file ends that."""
 
     async def story(server: Server) -> None:
         began_s, engine = now_s(), server.host.engines["llama"]
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_come_back_is_tried_again_and_again(play: Play) -> N
 
 
 def test_a_degraded_server_can_be_switched(play: Play) -> None:
-    """To whatever can be brought up, without waiting for the next attempt."""
+    """A degraded server can switch to any loadable model, without waiting for the next attempt."""
 
     async def story(server: Server) -> None:
         server.host.engines["llama"].missing_files = True
@@ -239,7 +239,7 @@ def test_a_degraded_server_can_be_switched(play: Play) -> None:
 
 
 def test_restarts_are_bounded(play: Play) -> None:
-    """Too many deaths in too short a time are the end; old ones are forgotten."""
+    """Too many deaths in too short a time make the server give up; old ones are forgotten."""
 
     async def story(server: Server) -> None:
         for _ in range(4):
@@ -259,7 +259,7 @@ def test_restarts_are_bounded(play: Play) -> None:
 
 
 def test_a_host_that_does_not_start_is_started_again(play: Play) -> None:
-    """That counts as one more death."""
+    """A host that does not start is started again, which counts as one more death."""
 
     async def story(server: Server) -> None:
         server.host.hold("restart", "")
@@ -276,7 +276,7 @@ def test_a_host_that_does_not_start_is_started_again(play: Play) -> None:
 
 
 def test_an_engine_that_dies_again_and_again_is_loaded_ever_more_seldom(play: Play) -> None:
-    """The host lives on; nothing is given up."""
+    """An engine that dies repeatedly is loaded ever more rarely; its host lives on."""
 
     async def story(server: Server) -> None:
         for _ in range(6):
@@ -296,7 +296,7 @@ def test_an_engine_that_dies_again_and_again_is_loaded_ever_more_seldom(play: Pl
 
 
 def test_what_is_told_of_an_earlier_load_is_dropped(play: Play) -> None:
-    """An engine that was loaded again meanwhile has not died."""
+    """A report about an earlier load is dropped: the engine loaded since then is alive."""
 
     async def story(server: Server) -> None:
         engine = server.host.engines["qwen"]
@@ -311,7 +311,7 @@ def test_what_is_told_of_an_earlier_load_is_dropped(play: Play) -> None:
 
 
 def test_a_stop_ends_recovery(play: Play) -> None:
-    """Whatever it waits for."""
+    """A stop ends recovery, whatever it waits for."""
 
     async def story(server: Server) -> None:
         server.host.fail_next("load", "llama", ConfigError("weights are broken"))
@@ -328,7 +328,7 @@ def test_a_stop_ends_recovery(play: Play) -> None:
 
 
 def test_attempts_go_on_for_ever(play: Play) -> None:
-    """However many there have been."""
+    """Attempts to bring a model back continue without a limit."""
 
     async def story(server: Server) -> None:
         server.host.engines["llama"].missing_files = True
@@ -344,7 +344,7 @@ def test_attempts_go_on_for_ever(play: Play) -> None:
 
 
 def test_a_death_after_a_switch_has_healed_the_server_is_a_new_one(play: Play) -> None:
-    """What an earlier attempt still waited for is over."""
+    """A death after a switch repaired the server starts a new recovery, without old delays."""
 
     async def story(server: Server) -> None:
         server.host.engines["llama"].missing_files = True

@@ -50,19 +50,19 @@ def fill(value: Any) -> Any:
     ],
 )
 def test_references_are_filled(written: object, expected: object) -> None:
-    """A value that is one reference may be any scalar; what was text otherwise stays text."""
+    """A value that is one reference may be any scalar; other text with references stays text."""
     assert expected == fill(written)
 
 
 def test_references_are_filled_wherever_a_value_stands() -> None:
-    """In lists and mappings, but not in keys."""
+    """References are replaced in lists and mappings, but not in keys."""
     assert {"a": [{"${NAME}": "llama"}, "llama"]} == fill(
         {"a": [{"${NAME}": "${NAME}"}, "${NAME}"]}
     )
 
 
 def test_every_variable_that_is_not_set_is_named_with_its_place() -> None:
-    """And with every way on; the reference stays what it is."""
+    """Every unset variable is named with its place and the ways out; its reference stays."""
     references = References(ENVIRONMENT)
     source = Source(Path("models.yaml"), {("models", "a", "model"): 3})
 
@@ -80,12 +80,12 @@ def test_every_variable_that_is_not_set_is_named_with_its_place() -> None:
 
 @pytest.mark.parametrize("value", ["1.10", "7.0", "+5"])
 def test_a_number_from_the_environment_is_shown_as_it_was_given(value: str) -> None:
-    """So that it can be a text, as in the file."""
+    """A number from the environment is kept as it was given, so that it can be a text."""
     assert value == str(References({"REVISION": value}).fill("${REVISION}", FILE))
 
 
 def test_a_surprising_value_from_the_environment_is_hidden_in_both_forms() -> None:
-    """As it was given, and as the number that YAML makes of it."""
+    """A surprising value is hidden both as it was given, and as the number that YAML reads."""
     references = References({"SECRET": "0123456712"})
     value = references.fill("${SECRET}", FILE)
 
@@ -94,7 +94,7 @@ def test_a_surprising_value_from_the_environment_is_hidden_in_both_forms() -> No
 
 
 def test_a_value_from_the_environment_is_never_shown() -> None:
-    """An error shows where it came from; a short value is no secret."""
+    """An error shows a value's variable and never the value; a short value is not a secret."""
     references = References(ENVIRONMENT)
     references.fill(["${TOKEN}", "${NAME}"], FILE)
 
@@ -118,7 +118,7 @@ def test_a_value_from_the_environment_is_never_shown() -> None:
 def test_a_value_is_hidden_in_whatever_form_it_is_shown(
     value: str, message: Callable[[str], str]
 ) -> None:
-    """Quoted, on one line, as JSON, as a number."""
+    """A value is hidden in every form: quoted, on one line, as JSON, as a number."""
     references = References({"SECRET": value})
     references.fill("${SECRET}", FILE)
 
@@ -128,7 +128,7 @@ def test_a_value_is_hidden_in_whatever_form_it_is_shown(
 
 
 def test_the_longest_value_is_hidden_first() -> None:
-    """One that begins another one leaves nothing of it."""
+    """The longest value is hidden first, so a value that starts with another leaves nothing."""
     references = References({"A": "database1", "B": "database1-topsecret"})
     references.fill(["${A}", "${B}"], FILE)
 

@@ -1,4 +1,4 @@
-"""Refusals: a client gets as many as it likes, but not at the expense of everybody else."""
+"""Refusals: a client may cause as many as it likes, but not at the expense of other clients."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from vllm_hotswap.refusals import BURST_S, MAX_PAUSE_S, MOST_CLIENTS, KnownKey, 
 from vllm_hotswap.settings import LimitsConfig
 
 FEW = LimitsConfig(refusals_per_second=1)
-"""Three at once, then one a second."""
+"""Three at once, then one per second."""
 
 AT_ONCE = int(BURST_S)
 
@@ -43,18 +43,18 @@ COMPLETION = b'{"model": "llama", "prompt": "Hi", "max_tokens": 1}'
 
 
 def post(path: str, body: bytes, kind: str) -> bytes:
-    """With the user's key."""
+    """Send a request with the user's key."""
     lines = [f"POST {path} HTTP/1.1", "Host: x", "Authorization: Bearer right"]
     lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body
 
 
 BROKEN = post("/v1/completions", b"[" * 100, "application/json")
-"""What the model's own application refuses."""
+"""A request that the model's own application refuses."""
 
 
 class Time:
-    """What a clock shows."""
+    """A clock's time."""
 
     now_s = 1000.0
 
@@ -66,7 +66,7 @@ class Time:
 
 
 def test_a_few_mistakes_cost_no_wait() -> None:
-    """So many a second without end, and three times that at once."""
+    """A few refusals cost no wait: so many per second for ever, and three times that at once."""
     time = Time()
     refused = Refusals(20, time)
 
@@ -77,7 +77,7 @@ def test_a_few_mistakes_cost_no_wait() -> None:
 
 
 def test_what_is_beyond_them_takes_its_turn() -> None:
-    """Each later than the one before, up to a bound; nobody else waits for it."""
+    """Refusals beyond them wait, each longer than the last, up to a limit; other clients do not."""
     refused = Refusals(20, Time())
     refused.charge(["A"], 60)
 
@@ -89,7 +89,7 @@ def test_what_is_beyond_them_takes_its_turn() -> None:
 
 
 def test_the_poorest_of_those_who_stand_for_a_client_counts() -> None:
-    """A key that comes from many addresses has one bucket."""
+    """Of a client's buckets, the emptiest counts; a key has one bucket for all its addresses."""
     refused, key = Refusals(20, Time()), KnownKey("a key")
     refused.charge([key], 80)
 
@@ -98,7 +98,7 @@ def test_the_poorest_of_those_who_stand_for_a_client_counts() -> None:
 
 
 def test_what_is_refused_to_known_keys_keeps_nobody_at_the_door() -> None:
-    """Of the same address. Its refusals are held back all the same."""
+    """A known key's refusals wait, but do not delay its address at the connection."""
     refused, key = Refusals(20, Time()), KnownKey("a key")
     refused.charge(["an address", key], 1000)
 
@@ -107,7 +107,7 @@ def test_what_is_refused_to_known_keys_keeps_nobody_at_the_door() -> None:
 
 
 def test_keys_take_no_room_of_addresses() -> None:
-    """What an address owes stays, however many keys are refused anything."""
+    """Buckets of addresses stay, however many keys are refused."""
     refused = Refusals(20, Time())
     refused.charge(["an address"], 1000)
     for number in range(MOST_CLIENTS + 50):
@@ -118,7 +118,7 @@ def test_keys_take_no_room_of_addresses() -> None:
 
 
 def test_nothing_is_owed_for_long() -> None:
-    """However many there were."""
+    """Debts are forgotten after a while, however many there were."""
     time = Time()
     refused = Refusals(20, time)
     refused.charge(["A"], 1_000_000)
@@ -131,7 +131,7 @@ def test_nothing_is_owed_for_long() -> None:
 
 
 def test_a_request_that_is_served_makes_up_for_a_refusal() -> None:
-    """An address that many share is in no debt as long as most of them are served."""
+    """Served requests make up for refusals, so a shared address has no debt if most succeed."""
     refused = Refusals(20, Time())
     for _ in range(1000):
         refused.charge(["A"])
@@ -141,7 +141,7 @@ def test_a_request_that_is_served_makes_up_for_a_refusal() -> None:
 
 
 def test_few_clients_are_remembered() -> None:
-    """Whoever has many addresses fills no memory."""
+    """Only a limited number of clients is remembered, so many addresses fill no memory."""
     refused = Refusals(20, Time())
     for number in range(MOST_CLIENTS + 50):
         refused.charge([number], 200)
@@ -152,7 +152,7 @@ def test_few_clients_are_remembered() -> None:
 
 
 def test_waits_of_any_length_share_one_timer() -> None:
-    """Each ends in its turn, unless it is taken back, whatever happens in another one."""
+    """Waits of any length share one timer; each ends in its turn, unless it is withdrawn."""
 
     async def waits() -> list[str]:
         loop, wheel, called = asyncio.get_running_loop(), Wheel(), list[str]()
@@ -184,7 +184,7 @@ def test_waits_of_any_length_share_one_timer() -> None:
 
 @dataclass(eq=False)
 class Waiter:
-    """Waits, and calls when its time is over."""
+    """Wait, and call back when the time is over."""
 
     loop: asyncio.AbstractEventLoop
     end: Callable[[], None]
@@ -192,14 +192,14 @@ class Waiter:
 
 
 def of_a_wheel(end: Callable[[], None]) -> None:
-    """Many waits that end together."""
+    """Start many waits that end together."""
     wheel = Wheel()
     for _ in range(10 * PER_TURN):
         wheel.call_later(1, end)
 
 
 def of_deadlines(end: Callable[[], None]) -> None:
-    """The same of connections."""
+    """Start the deadlines of many connections that end together."""
     deadlines = Deadlines[Waiter](1, lambda waiter: waiter.end())
     for _ in range(10 * PER_TURN):
         deadlines.begin(Waiter(asyncio.get_running_loop(), end))
@@ -209,7 +209,7 @@ def of_deadlines(end: Callable[[], None]) -> None:
 def test_waits_that_end_together_end_in_turns(
     begin: Callable[[Callable[[], None]], None],
 ) -> None:
-    """So that whatever they hold back does not hold up everybody else."""
+    """Waits that end together end over several turns, so that others are not delayed."""
 
     async def turns() -> list[int]:
         loop, found, turn = asyncio.get_running_loop(), list[int](), 0
@@ -240,13 +240,13 @@ def test_waits_that_end_together_end_in_turns(
 
 @pytest.fixture
 async def keyed(make_server: MakeServer) -> Server:
-    """One user, and one admin."""
+    """A server with one user key, and one admin key."""
     return await make_server(access=Access(user_keys=["right"], admin_keys=["admin"]))
 
 
 @pytest.fixture
 def endless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No wait ends by itself."""
+    """Keep waits from ending by themselves."""
     monkeypatch.setattr(Wheel, "_set", lambda *_: None)
 
 
@@ -261,7 +261,7 @@ async def until(condition: Callable[[], object]) -> None:
 async def held(
     at: Listening, request: bytes = WRONG, source: str | None = None
 ) -> AsyncIterator[Raw]:
-    """A client that has had its first refusals, and waits for one more."""
+    """Return a client that has had its first refusals, and waits for one more."""
     client = await Raw.connect(at.port, source=source)
     for _ in range(AT_ONCE):
         await client.send(request)
@@ -274,7 +274,7 @@ async def held(
 
 
 async def test_an_answer_that_waits_is_the_same(keyed: Server) -> None:
-    """And the connection goes on."""
+    """A delayed refusal is the same response, and its connection stays open."""
     async with listening_with(keyed, LimitsConfig(refusals_per_second=20)) as at:
         client = await Raw.connect(at.port)
         told = []
@@ -301,7 +301,7 @@ async def test_an_answer_that_waits_is_the_same(keyed: Server) -> None:
     ids=["401", "404", "405", "403", "415", "400 of the model"],
 )
 async def test_whoever_is_refused_again_and_again_waits(keyed: Server, request_: bytes) -> None:
-    """And nobody else of the same address, on connections that are there and on new ones."""
+    """Repeated refusals delay one client and no other at its address, on any connection."""
     async with listening_with(keyed, FEW) as at:
         before = await Raw.connect(at.port)
         await before.get()
@@ -316,7 +316,7 @@ async def test_whoever_is_refused_again_and_again_waits(keyed: Server, request_:
 
 @asynccontextmanager
 async def beyond_its_rate(make_server: MakeServer) -> AsyncIterator[tuple[Listening, bytes]]:
-    """A server of two keys, one of which may make no more calls; and one more call with it."""
+    """A server of two keys, one of which may make no more calls, and its next call."""
     limits = LimitsConfig(refusals_per_second=1, requests_per_minute=1)
     server = await make_server(access=Access(user_keys=["right", "other"]), limits=limits)
     request = post("/v1/completions", COMPLETION, "application/json")
@@ -329,7 +329,7 @@ async def beyond_its_rate(make_server: MakeServer) -> AsyncIterator[tuple[Listen
 
 
 async def test_a_key_beyond_its_rate_waits_wherever_it_comes_from(make_server: MakeServer) -> None:
-    """Its refusals share a bucket; those of other keys do not."""
+    """Refusals of a key beyond its rate share one bucket, from any address; other keys' do not."""
     async with beyond_its_rate(make_server) as (at, request), held(at, request):
         elsewhere = await Raw.connect(at.port, source="127.0.0.2")
         await elsewhere.send(request)
@@ -346,7 +346,7 @@ async def test_a_key_beyond_its_rate_waits_wherever_it_comes_from(make_server: M
 async def test_a_key_that_is_nobodys_is_no_client(
     make_server: MakeServer, known: list[str]
 ) -> None:
-    """Strangers may send the same one, and not all wait for one of them."""
+    """An unknown key has no bucket, so strangers who send the same one do not share a wait."""
     request = NOWHERE if not known else WRONG
     request = request.replace(b"Host", b"Authorization: Bearer EMPTY\r\nHost")
     server = await make_server(access=Access(user_keys=known))
@@ -358,7 +358,7 @@ async def test_a_key_that_is_nobodys_is_no_client(
 
 
 async def test_one_request_is_one_client(keyed: Server) -> None:
-    """However many keys are in it: each would push somebody's bucket out."""
+    """A request counts as one client however many keys it has, so it cannot evict many buckets."""
     async with listening_with(keyed) as at:
         client = await Raw.connect(at.port)
         keys = [f"X-API-Key: {number}" for number in range(100)]
@@ -370,7 +370,7 @@ async def test_one_request_is_one_client(keyed: Server) -> None:
 
 
 async def test_clients_of_a_trusted_proxy_have_a_bucket_each(keyed: Server) -> None:
-    """Not the proxy."""
+    """Clients of a trusted proxy have a bucket each; the proxy has none."""
     trusted = ListenFlags(forwarded_allow_ips=["127.0.0.1"])
     from_a = WRONG.replace(b"Host", b"X-Forwarded-For: 192.0.2.1\r\nHost")
     from_b = from_a.replace(b"192.0.2.1", b"192.0.2.2").replace(b"wrong", b"mistyped")
@@ -384,7 +384,7 @@ async def test_clients_of_a_trusted_proxy_have_a_bucket_each(keyed: Server) -> N
 
 @pytest.mark.usefixtures("endless")
 async def test_a_client_that_goes_is_not_waited_for(keyed: Server) -> None:
-    """Nothing is left of its request."""
+    """A refusal's wait ends when its client leaves; nothing is left of the request."""
     async with listening_with(keyed, FEW) as at:
         async with held(at):
             pass
@@ -394,7 +394,7 @@ async def test_a_client_that_goes_is_not_waited_for(keyed: Server) -> None:
 
 
 async def test_what_a_model_answers_makes_up_for_refusals(keyed: Server) -> None:
-    """Not what needs no key."""
+    """What a model answers makes up for refusals; routes without a key do not."""
     async with listening_with(keyed) as at:
         refused = at.shared.door.refusals
         refused._clock = lambda: 1000.0
@@ -411,7 +411,7 @@ async def test_what_a_model_answers_makes_up_for_refusals(keyed: Server) -> None
 
 
 async def test_who_waits_for_a_refusal_gives_way(keyed: Server) -> None:
-    """Nobody takes places by being refused."""
+    """A connection that waits for a refusal gives up its place to others."""
     limits = LimitsConfig(refusals_per_second=1, connections=1)
     async with listening_with(keyed, limits) as at, held(at) as waiting:
         other = await Raw.connect(at.port)
@@ -424,7 +424,7 @@ async def test_who_waits_for_a_refusal_gives_way(keyed: Server) -> None:
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("model", ["nobody", "qwen", ""], ids=["unknown", "not active", "broken"])
 async def test_nothing_is_held_for_a_refusal_that_waits(keyed: Server, model: str) -> None:
-    """Its body is gone, and so is its place in the model, for which a switch would wait."""
+    """A waiting refusal holds neither its body nor a lease, for which a switch would wait."""
     body = b'{"model": "%s", "prompt": "%s"}' % (model.encode(), b"x" * 10_000)
     request = post("/v1/completions", body, "application/json") if model else BROKEN
     async with listening_with(keyed, FEW) as at, held(at, request):
@@ -433,7 +433,7 @@ async def test_nothing_is_held_for_a_refusal_that_waits(keyed: Server, model: st
 
 
 async def test_a_refusal_of_the_model_that_waits_is_the_same(keyed: Server) -> None:
-    """But for the times in it."""
+    """A delayed refusal of a model is the same except for the times in it."""
     async with listening_with(keyed, LimitsConfig(refusals_per_second=20)) as at:
         client = await Raw.connect(at.port)
         told = []
@@ -452,7 +452,7 @@ async def test_a_refusal_of_the_model_that_waits_is_the_same(keyed: Server) -> N
 
 @pytest.mark.usefixtures("endless")
 async def test_a_server_that_stops_waits_for_no_refusal(keyed: Server) -> None:
-    """They are answered at once then."""
+    """A server that stops answers waiting refusals at once."""
     async with listening_with(keyed, FEW) as at, held(at) as client:
         for connection in list(at.state.connections):
             connection.shutdown()  # type: ignore[union-attr]
@@ -462,7 +462,7 @@ async def test_a_server_that_stops_waits_for_no_refusal(keyed: Server) -> None:
 
 
 async def test_a_head_that_is_refused_may_have_to_wait_for_its_answer(server: Server) -> None:
-    """On a connection of its own each; the client is told in the end."""
+    """A refused head may have to wait on its own connection, and gets its answer in the end."""
     async with listening_with(server, FEW) as at:
         for _ in range(AT_ONCE):
             client = await Raw.connect(at.port)
@@ -477,7 +477,7 @@ async def test_a_head_that_is_refused_may_have_to_wait_for_its_answer(server: Se
 
 
 async def test_the_refusal_of_a_websocket_may_have_to_wait(make_server: MakeServer) -> None:
-    """Its handshake is a request."""
+    """A refused WebSocket handshake may have to wait, like a request."""
     server = await make_server()
     async with listening_with(server, FEW) as at:
         address = f"ws://127.0.0.1:{at.port}/v1/realtime?model=nobody"
@@ -496,7 +496,7 @@ async def test_the_refusal_of_a_websocket_may_have_to_wait(make_server: MakeServ
 async def test_a_websocket_that_goes_while_it_waits_is_no_fault(
     make_server: MakeServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nothing is left of it, and no stack trace."""
+    """A WebSocket that leaves while it waits leaves no trace, and no stack trace in the log."""
     server = await make_server()
     shake = b"GET /v1/realtime?model=nobody HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
     shake += b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -514,7 +514,7 @@ async def test_a_websocket_that_goes_while_it_waits_is_no_fault(
 
 
 async def test_requests_that_were_sent_ahead_in_vain_count_each(server: Server) -> None:
-    """So many were worked on for a connection that broke a bound."""
+    """Pipelined requests on a connection that broke a limit count each, if work was done."""
     async with listening_with(server) as at:
         client = await Raw.connect(at.port)
         await client.send(HEALTH * 64)
@@ -530,7 +530,7 @@ async def test_requests_that_were_sent_ahead_in_vain_count_each(server: Server) 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """Connections for which there is more than a socket."""
+    """Return the connections that have more than a socket."""
     found: list[object] = []
 
     class Noted(life.Connection):
@@ -543,7 +543,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 
 def reset(port: int) -> None:
-    """A connection that is reset as soon as it is there."""
+    """Open a connection and reset it at once."""
     sock = socket.create_connection(("127.0.0.1", port))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
@@ -552,7 +552,7 @@ def reset(port: int) -> None:
 async def test_nothing_is_built_for_a_connection_that_is_dead(
     server: Server, built: list[object]
 ) -> None:
-    """Who comes behind a thousand of them is answered."""
+    """Dead connections cost nothing: a client behind a thousand of them is answered."""
     async with listening_with(server) as at:
         for _ in range(1000):
             reset(at.port)
@@ -566,7 +566,7 @@ async def test_nothing_is_built_for_a_connection_that_is_dead(
 async def test_what_is_left_of_a_connection_that_was_reset_is_not_answered(
     server: Server, built: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waited for its turn, with a request that nobody wants answered any more."""
+    """A connection reset while it waited with a request is dropped unanswered."""
     monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 0.5)
     async with listening_with(server) as at:
         at.shared.door.refusals.charge(["127.0.0.1"], 10_000)
@@ -581,7 +581,7 @@ async def test_what_is_left_of_a_connection_that_was_reset_is_not_answered(
 
 
 async def test_nothing_is_built_before_the_first_byte(server: Server, built: list[object]) -> None:
-    """A connection that says nothing has its place, and is closed in time."""
+    """A silent connection has a place and a deadline; nothing is built before its first byte."""
     async with listening_with(server, LimitsConfig(head_timeout=0.2)) as at:
         silent = [await Raw.connect(at.port) for _ in range(3)]
         gone = await Raw.connect(at.port)
@@ -598,7 +598,7 @@ async def test_nothing_is_built_before_the_first_byte(server: Server, built: lis
 async def test_who_has_gone_meanwhile_is_known(
     keyed: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody asks in vain without being charged for it, by resetting the connection."""
+    """A client that resets its connection is still charged for the work that it caused."""
     said, sock = arrivals._said, socket.socket()
 
     looks: list[bool | None] = []
@@ -622,7 +622,7 @@ async def test_who_has_gone_meanwhile_is_known(
 
 
 async def test_connections_that_come_at_once_are_all_served(server: Server) -> None:
-    """More than are accepted in one turn."""
+    """All simultaneous connections are served, though only some are accepted per turn."""
     async with listening_with(server) as at:
         clients = await asyncio.gather(*(Raw.connect(at.port) for _ in range(100)))
         told = [await client.get() for client in clients]
@@ -635,7 +635,7 @@ async def test_connections_that_come_at_once_are_all_served(server: Server) -> N
 async def test_an_address_that_owes_much_comes_in_late(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Others do not wait for it."""
+    """An address with large debts is let in late, and others do not wait for it."""
     for module in (arrivals, refusals):
         monkeypatch.setattr(module, "MAX_PAUSE_S", 0.5)
     async with listening_with(server) as at:
@@ -651,7 +651,7 @@ async def test_an_address_that_owes_much_comes_in_late(
 
 
 def owe(at: Listening) -> None:
-    """The clients' address is deep in debt for good."""
+    """Put the clients' address deep into debt for good."""
     at.shared.door.refusals._clock = Time()
     at.shared.door.refusals.charge(["127.0.0.1"], 10_000)
 
@@ -671,7 +671,7 @@ def owe(at: Listening) -> None:
     ids=["health", "ready", "user", "admin", "x-api-key", "completion", "ahead"],
 )
 async def test_who_is_let_in_does_not_wait_at_the_door(keyed: Server, request_: bytes) -> None:
-    """Whatever strangers at the same address owe."""
+    """A client that will be admitted does not wait, whatever strangers at its address owe."""
     async with listening_with(keyed) as at:
         owe(at)
         stranger = await Raw.connect(at.port)
@@ -703,7 +703,7 @@ async def test_who_is_let_in_does_not_wait_at_the_door(keyed: Server, request_: 
 async def test_who_is_going_to_be_refused_waits_at_the_door(
     keyed: Server, built: list[object], request_: bytes
 ) -> None:
-    """Nothing is built for it before."""
+    """A client that will be refused waits before anything is built for it."""
     async with listening_with(keyed) as at:
         owe(at)
         client = await Raw.connect(at.port)
@@ -715,7 +715,7 @@ async def test_who_is_going_to_be_refused_waits_at_the_door(
 
 
 async def test_a_key_beyond_its_rate_keeps_no_other_at_the_door(make_server: MakeServer) -> None:
-    """Of the same address, as behind a gateway."""
+    """A key beyond its rate delays no other key of the same address, as behind a gateway."""
     async with beyond_its_rate(make_server) as (at, request):
         clients = [await Raw.connect(at.port) for _ in range(10)]
         for client in clients:
@@ -731,7 +731,7 @@ async def test_a_key_beyond_its_rate_keeps_no_other_at_the_door(make_server: Mak
 
 
 async def comes_in_later(at: Listening, built: list[object]) -> None:
-    """A client with a good call waits at the door, and is served then."""
+    """Check that a client with a valid call waits for entry, and is served then."""
     client = await Raw.connect(at.port)
     await client.send(RIGHT)
     await until(lambda: len(at.shared.door.wheel) == 1)
@@ -741,7 +741,7 @@ async def comes_in_later(at: Listening, built: list[object]) -> None:
 
 
 async def test_a_key_in_debt_waits_a_moment(keyed: Server, built: list[object]) -> None:
-    """Even with what may be let in. A client that has gone by then has cost little."""
+    """A key in debt waits a moment even with a valid call; a client gone by then cost little."""
     async with listening_with(keyed) as at:
         owe(at)
         mark = keyed.app.access.mark(Headers({"x-api-key": "right"}))
@@ -752,7 +752,7 @@ async def test_a_key_in_debt_waits_a_moment(keyed: Server, built: list[object]) 
 async def test_without_keys_everybody_waits_a_moment(
     server: Server, built: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for routes that never need one."""
+    """Without keys every client waits a moment, except on routes that never need a key."""
     monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
     async with listening_with(server) as at:
         owe(at)
@@ -762,7 +762,7 @@ async def test_without_keys_everybody_waits_a_moment(
 async def test_a_head_that_comes_in_pieces_is_looked_at_again(
     keyed: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until it is whole; then it decides."""
+    """A head that comes in pieces is inspected again until it is whole; then it decides."""
     monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
     looks: list[object] = []
     look = arrivals.first_head
@@ -782,7 +782,7 @@ async def test_a_head_that_comes_in_pieces_is_looked_at_again(
 async def test_a_head_too_long_to_be_looked_at_waits_a_moment(
     keyed: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be of somebody who is let in."""
+    """A head too long to inspect waits a moment: it may belong to a client that is let in."""
     monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
     async with listening_with(keyed) as at:
         owe(at)
@@ -796,7 +796,7 @@ async def test_a_head_too_long_to_be_looked_at_waits_a_moment(
 async def test_a_connection_that_said_nothing_after_all_has_its_deadline(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system may say that there is something to read where there is not."""
+    """A connection without data has its deadline, even if the system reported data to read."""
     said, looks = arrivals._said, list[bool | None]()
 
     def nothing_at_first(sock: socket.socket) -> bool | None:
@@ -820,7 +820,7 @@ async def test_a_connection_that_said_nothing_after_all_has_its_deadline(
 async def test_a_system_with_nothing_left_is_not_asked_again_and_again(
     server: Server, code: int
 ) -> None:
-    """Who waits then is served once there is something again."""
+    """Without free resources, accepting pauses; waiting clients are served once there are some."""
     async with listening_with(server) as at:
         [acceptor] = at.acceptors
         sock, asked = acceptor._sock, list[int]()
@@ -846,7 +846,7 @@ async def test_a_system_with_nothing_left_is_not_asked_again_and_again(
 
 @pytest.fixture
 def certified(tmp_path: Path) -> tuple[dict[str, str], ssl.SSLContext]:
-    """Flags for a server with TLS, and what its clients take."""
+    """Return flags for a server with TLS, and the matching settings of its clients."""
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=x"]
     command += ["-keyout", key, "-out", certificate]
@@ -862,7 +862,7 @@ async def test_with_tls_everybody_waits_a_moment(
     certified: tuple[dict[str, str], ssl.SSLContext],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nobody can tell who is going to be refused."""
+    """With TLS every client waits a moment: refusals cannot be foreseen."""
     monkeypatch.setattr(arrivals, "MAX_PAUSE_S", 1000.0)
     given, context = certified
     async with listening_with(keyed, **given) as at:
@@ -877,7 +877,7 @@ async def test_with_tls_everybody_waits_a_moment(
 async def test_tls_handshakes_have_places_and_an_end(
     server: Server, certified: tuple[dict[str, str], ssl.SSLContext]
 ) -> None:
-    """Whoever begins one and goes on in silence; others are served meanwhile."""
+    """TLS handshakes have places and a deadline, so silent ones do not block other clients."""
     given, context = certified
     limits = LimitsConfig(head_timeout=2, connections=3, connections_per_address=3)
     async with listening_with(server, limits, **given) as at:
@@ -897,7 +897,7 @@ async def test_tls_handshakes_have_places_and_an_end(
 
 @pytest.mark.usefixtures("endless")
 async def test_a_proxy_comes_in_at_once(server: Server) -> None:
-    """It stands for many clients."""
+    """A proxy enters at once, because it stands for many clients."""
     trusted = ListenFlags(forwarded_allow_ips=["127.0.0.1"])
     async with listening_with(server, None, trusted) as at:
         at.shared.door.refusals.charge([None, "127.0.0.1"], 10_000)
@@ -907,7 +907,7 @@ async def test_a_proxy_comes_in_at_once(server: Server) -> None:
 
 
 async def test_connections_that_have_not_begun_end_with_the_server(server: Server) -> None:
-    """Silent ones, and ones that wait because of what their address owes."""
+    """When the server stops, silent connections and those that wait for their debts end."""
     async with listening_with(server) as at:
         silent = await Raw.connect(at.port)
         await until(lambda: at.shared.places._all.count == 1)

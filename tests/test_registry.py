@@ -1,4 +1,4 @@
-"""Models by alias, their residency, and the leases on them."""
+"""Models by alias, their residency, and their leases."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def registry() -> Registry:
 
 
 def test_models_keep_the_order_of_the_configuration(registry: Registry) -> None:
-    """Lists that users see have the file's order."""
+    """Models keep the order of the configuration, which is the order of all lists."""
     assert ["llama", "qwen"] == registry.aliases == [model.alias for model in registry]
 
 
 def test_unknown_alias_is_refused_with_the_configured_ones(registry: Registry) -> None:
-    """Aliases are exact."""
+    """An unknown alias is refused with the configured ones; aliases are exact."""
     with pytest.raises(UnknownModel, match="'Llama' is not configured; configured: llama, qwen"):
         registry.resolve("Llama")
 
 
 def test_model_begins_cold_and_climbs(registry: Registry) -> None:
-    """A step returns where the model was."""
+    """A model starts cold and climbs; each step returns the residency before it."""
     model = registry.resolve("llama")
 
     assert Residency.COLD is model.step(Step.LOAD)
@@ -43,7 +43,7 @@ def test_model_begins_cold_and_climbs(registry: Registry) -> None:
 
 
 def test_illegal_step_leaves_the_residency(registry: Registry) -> None:
-    """A refused step changes nothing."""
+    """An illegal step is refused and changes nothing."""
     model = registry.resolve("llama")
 
     with pytest.raises(IllegalTransition):
@@ -53,7 +53,7 @@ def test_illegal_step_leaves_the_residency(registry: Registry) -> None:
 
 
 def test_model_tells_its_state(registry: Registry) -> None:
-    """Logs and failing tests can be read."""
+    """A model's state is readable in logs and failing tests."""
     model = registry.resolve("llama")
     model.leases[Lease("llama", 1, None)] = None
 
@@ -61,7 +61,7 @@ def test_model_tells_its_state(registry: Registry) -> None:
 
 
 def test_only_the_first_cause_ends_a_request() -> None:
-    """A request keeps the first cause that it is given."""
+    """Only the first cause that a request is given ends it."""
     lease = Lease("llama", 1, None)
     first, second = DrainCut("llama", "qwen", 1), EngineUnavailable("gone")
     told: list[str] = []
@@ -75,7 +75,7 @@ def test_only_the_first_cause_ends_a_request() -> None:
 
 
 async def test_request_that_goes_on_can_be_killed() -> None:
-    """Ending asks, killing cancels."""
+    """A request that continues after it was asked to end can be killed, which cancels it."""
     task = asyncio.create_task(asyncio.Event().wait())
     lease = Lease("llama", 1, task)
 
@@ -87,5 +87,5 @@ async def test_request_that_goes_on_can_be_killed() -> None:
 
 
 def test_lease_without_a_task_can_be_killed() -> None:
-    """There may be nobody to cancel."""
+    """A lease without a task can be killed: there may be no task to cancel."""
     Lease("llama", 1, None).kill()

@@ -1,4 +1,4 @@
-"""What the rehearsals have in common: parts are run, counted and told."""
+"""What the rehearsals share: parts are run, counted and reported."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PYTHON = Path(sys.executable)
 pytestmark = pytest.mark.slow
 
 FLAGS = ("-c", os.devnull)
-"""For pytest: these tests are of no project."""
+"""For pytest: these tests belong to no project."""
 
 
 def part(folder: Path, name: str, code: str, limit_s: int = 60) -> Part:
@@ -44,7 +44,7 @@ def part(folder: Path, name: str, code: str, limit_s: int = 60) -> Part:
 
 
 def run(folder: Path, *parts: Part) -> tuple[int, list[dict[str, Any]]]:
-    """The status, and the lines of results."""
+    """Return the status, and the lines of results."""
     results = folder / "rehearsal.jsonl"
     status = rehearse_all(PYTHON, parts, os.environ, results, {"commit": "abc"}, FLAGS)
     return status, [json.loads(line) for line in results.read_text().splitlines()]
@@ -79,7 +79,7 @@ def test_it():
     finally:
         (HERE / "cleaned").touch()
 """
-"""With servers of its own group and session, of which one is told by nothing but its parent."""
+"""Tests with servers of their own groups and sessions; one gets no signal except its parent's."""
 
 DEAF = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 
@@ -87,7 +87,7 @@ DEAF = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
 def test_parts_that_pass_are_counted_in_the_results(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """After what is run, in the order in which they were run."""
+    """Passed parts are counted in the results, after the tests, in the order in which they ran."""
     status, lines = run(tmp_path, part(tmp_path, "one", WELL), part(tmp_path, "two", WELL))
 
     assert 0 == status
@@ -121,7 +121,7 @@ def test_parts_that_pass_are_counted_in_the_results(
 def test_a_part_that_does_not_pass_fails_the_rehearsal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], code: str, counts: Counts
 ) -> None:
-    """And one that was not run does not pass. The parts after it are run all the same."""
+    """A failed or skipped part fails the rehearsal; the parts after it still run."""
     status, lines = run(tmp_path, part(tmp_path, "one", code), part(tmp_path, "two", WELL))
 
     assert 1 == status
@@ -131,7 +131,7 @@ def test_a_part_that_does_not_pass_fails_the_rehearsal(
 
 
 def test_a_part_without_an_end_is_ended(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """With its servers, whatever their process groups and sessions. Its tests can clean up."""
+    """A part without an end is stopped with its servers, in any group; its tests can clean up."""
     one = part(tmp_path, "one", SERVES, limit_s=5)
 
     status, lines = run(tmp_path, one)
@@ -167,7 +167,7 @@ def test_what_a_part_leaves_running_is_ended(tmp_path: Path) -> None:
 def test_a_rehearsal_that_is_ended_leaves_nothing_running(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    """And runs no further part, also if it is told so twice."""
+    """An interrupted rehearsal, even if twice, leaves nothing running and starts no more parts."""
     one, two = part(tmp_path, "one", SERVES), part(tmp_path, "two", WELL)
     code = (
         "import os, sys; from pathlib import Path; from tools.rehearsal import Part, rehearse_all;"
@@ -192,7 +192,7 @@ def test_a_rehearsal_that_is_ended_leaves_nothing_running(
 
 
 def started(folder: Path) -> list[int]:
-    """Which of the processes that `SERVES` has started still run."""
+    """Return which processes started by `SERVES` still run."""
     numbers = [int(number) for number in (folder / "serves").read_text().split()]
     assert 3 == len(numbers)
     return [number for number in numbers if is_running(number)]
@@ -207,7 +207,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.mark.parametrize("content", ["", '<testsuites><testsuite tests="3"'])
 def test_a_part_whose_report_is_cut_off_fails_alone(tmp_path: Path, content: str) -> None:
-    """As where the disk is full. The parts after it are run all the same."""
+    """A part whose report is cut off, as by a full disk, fails alone; the parts after it run."""
     code = (
         "import atexit, pathlib\n"
         "report = pathlib.Path(__file__).with_name('rehearsal.xml')\n"
@@ -239,7 +239,7 @@ def test_a_file_that_is_of_no_part_is_refused() -> None:
 
 
 def test_what_is_run_is_told_with_its_versions() -> None:
-    """Torch's with its build, and the commit with whether files differ from it."""
+    """The report gives versions, torch's build, the commit, and whether files differ from it."""
     import torch
 
     found = facts_of(PYTHON, ["pytest"], os.environ)
@@ -251,7 +251,7 @@ def test_what_is_run_is_told_with_its_versions() -> None:
 
 
 def test_the_commit_of_a_clone_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container whose user is root."""
+    """The commit is reported in another user's clone, too, as in a container run by root."""
     own = commit()
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     assert own == commit()

@@ -24,7 +24,7 @@ from vllm_hotswap.hints import program
 
 @pytest.fixture
 def listening() -> Iterator[Listening]:
-    """A server on fake engines: llama is active, qwen is parked, mistral is cold."""
+    """Start a server on fake engines: llama is active, qwen is parked, mistral is cold."""
     with listening_server() as running:
         yield running
 
@@ -35,7 +35,7 @@ def url(listening: Listening) -> str:
 
 
 def test_model_is_held_shown_and_released(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line each; a refusal is one line, too, and the status is 1."""
+    """Holding, showing and releasing print one line each; so does a refusal, with status 1."""
     hold = ["lease", "--url", url, "--owner", "ann", "--ttl", "60"]
 
     assert 0 == main([*hold, "qwen", "--note", "nightly"])
@@ -61,7 +61,7 @@ def test_model_is_held_shown_and_released(url: str, capsys: pytest.CaptureFixtur
 def test_what_is_no_leases_id_is_refused(
     url: str, lease: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It would be another path."""
+    """Text that is not a lease's id is refused, because it would be another path."""
     assert 1 == main(["release", "--url", url, lease])
     (refused,) = capsys.readouterr().err.splitlines()
     assert f"{lease!r} is not the id of a lease; {program()} leases lists them" in refused
@@ -75,7 +75,7 @@ def test_what_is_no_leases_id_is_refused(
 def test_a_name_of_dots_stays_a_name(
     url: str, command: str, says: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is not taken for the way to another path."""
+    """A name made of dots stays a name, and is not read as a relative path."""
     assert 1 == main([command, "--url", url, name])
     (refused,) = capsys.readouterr().err.splitlines()
     assert f"{name!r}" in refused
@@ -83,7 +83,7 @@ def test_a_name_of_dots_stays_a_name(
 
 
 def hint(refused: str) -> str:
-    """The command of ours that an error names."""
+    """Return the command of ours that an error names."""
     (command,) = re.findall(rf"{re.escape(program())} [^;]*?(?= first$|$| lists)", refused)
     return str(command)
 
@@ -103,7 +103,7 @@ def test_commands_that_errors_name_work_as_they_are_printed(
     url: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A person at a terminal gets commands, not calls of HTTP; they point at the same server."""
+    """Errors name commands that work as printed, on the same server, instead of HTTP requests."""
     at = ["--url", url]
     assert 0 == main([*before, *at])
     capsys.readouterr()
@@ -123,7 +123,7 @@ def test_commands_that_errors_name_work_as_they_are_printed(
 def test_a_refused_key_is_told_by_the_flags_that_give_another(
     key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether it is no key at all, or none of an admin."""
+    """A refused key names the flags for another one, whether it is unknown or not an admin's."""
     access = Access(user_keys=["sk-user"], admin_keys=["sk-admin"])
     with listening_server(access=access) as running:
         assert 1 == main(["switch", "qwen", "--url", running.url, "--admin-key", key])
@@ -137,7 +137,7 @@ def test_a_refused_key_is_told_by_the_flags_that_give_another(
 def test_users_look_with_a_key_of_their_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By flag, file or variable; an admin's wins. Without one they are told of theirs."""
+    """A user's key works by flag, file or variable; an admin's wins; an error names all ways."""
     access = Access(user_keys=["sk-user"], admin_keys=["sk-admin"])
     file = tmp_path / "users"
     file.write_text("sk-user  # ann\n")
@@ -169,7 +169,7 @@ def test_users_look_with_a_key_of_their_own(
 def test_the_path_of_a_socket_is_told_with_what_is_missing(
     path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It could be a file of a host."""
+    """The path of a socket is reported with what is missing: it could be a file of a host."""
     assert 1 == main(["status", "--url", path])
     assert (
         f"--url {path} is not a valid server address; give unix:{path}" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_the_path_of_a_socket_is_told_with_what_is_missing(
 def test_a_server_on_which_switching_is_closed_says_how_to_open_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No key of the caller's would help."""
+    """A server with switching closed says how to open it: no key of the caller would help."""
     with listening_server(access=Access()) as running:
         assert 1 == main(["switch", "qwen", "--url", running.url])
 
@@ -190,7 +190,7 @@ def test_a_server_on_which_switching_is_closed_says_how_to_open_it(
 def test_commands_reach_a_unix_domain_socket(
     scheme: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the address that its banner prints, past any proxy; hints point at the same socket."""
+    """Commands reach a Unix socket by its banner's address, past any proxy; hints name it, too."""
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
     path = tmp_path / "s.sock"
     with listening_server(path) as running:
@@ -206,7 +206,7 @@ def test_commands_reach_a_unix_domain_socket(
 
 
 def test_a_unix_domain_socket_without_a_server_is_named(tmp_path: Path) -> None:
-    """In one line."""
+    """A Unix socket without a server is named in one line."""
     command = [sys.executable, "-m", "vllm_hotswap", "status", "--url", f"unix:{tmp_path}/none"]
 
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -226,13 +226,13 @@ def test_a_unix_domain_socket_without_a_server_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_unix_domain_socket_is_told_from_a_host(given: str, uds: str) -> None:
-    """Even from one with that name."""
+    """A Unix socket is distinguished from a host, even from one with that name."""
     assert uds == remote.Address.of(argparse.Namespace(url=given)).uds
 
 
 @pytest.mark.parametrize("given", ["unix:", "unix://run/s.sock", "unix://"])
 def test_an_address_without_the_path_of_a_socket_is_refused(given: str) -> None:
-    """With the form that is right."""
+    """An address without the path of a socket is refused with the right form."""
     with pytest.raises(remote.RemoteError, match="give http://HOST:PORT or unix:PATH"):
         remote.Address.of(argparse.Namespace(url=given))
 
@@ -240,7 +240,7 @@ def test_an_address_without_the_path_of_a_socket_is_refused(given: str) -> None:
 def test_what_takes_a_while_is_told_meanwhile(
     listening: Listening, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On stderr; the answer is still one line."""
+    """Progress goes to standard error while a command runs; its output is still one line."""
     said = io.StringIO()
     monkeypatch.setattr(remote, "QUIET_S", 0.1)
     monkeypatch.setattr("sys.stderr", said)
@@ -267,7 +267,7 @@ def test_what_takes_a_while_is_told_meanwhile(
 def test_what_is_over_at_once_is_not_followed(
     listening: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stream of events that nobody reads would stay open until the process ends."""
+    """A command that ends at once follows no events: an unread stream would stay open."""
     began: list[threading.Thread] = []
     follow = remote._follow
 
@@ -285,7 +285,7 @@ def test_what_is_over_at_once_is_not_followed(
 
 
 def test_a_model_that_wakes_before_it_is_asked_for_is_shown() -> None:
-    """How far it has come; and that a plan would end it."""
+    """An early wake is shown with its progress, and a plan says that it would end it."""
     model = {
         "residency": "asleep",
         "in_flight": 0,

@@ -36,7 +36,7 @@ def some(*filenames: str) -> list[File]:
 
 @pytest.mark.parametrize("path", ALL_LISTS, ids=lambda path: path.name)
 def test_every_line_of_every_list_has_hashes(path: Path) -> None:
-    """SHA-256 in hexadecimal, each once, and a version that is pinned exactly."""
+    """Each line has an exact version and SHA-256 hashes in hexadecimal, each once."""
     pins = parse(path.read_text())
 
     assert pins
@@ -50,7 +50,7 @@ def test_every_line_of_every_list_has_hashes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ALL_LISTS, ids=lambda path: path.name)
 def test_lists_are_as_the_tool_writes_them(path: Path) -> None:
-    """So that pip, uv and the tools read the same in them, and that a diff shows what changed."""
+    """Lists are as the tool writes them, so all tools read the same and diffs show real changes."""
     text = path.read_text()
 
     assert text == rewritten(text, {pin.requirement: pin.hashes for pin in parse(text)})
@@ -58,12 +58,12 @@ def test_lists_are_as_the_tool_writes_them(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ALL_LISTS, ids=lambda path: path.name)
 def test_lists_name_no_place_to_download_from(path: Path) -> None:
-    """That is pip's configuration's; what they hold is the same wherever it comes from."""
+    """Lists name no place to download from: that is up to pip's configuration."""
     assert re.findall(r"\w+://|^\s*--(?!hash=)", path.read_text(), re.MULTILINE) == []
 
 
 def test_one_package_has_the_same_hashes_in_all_lists() -> None:
-    """Where the version is the same, too."""
+    """A package has the same hashes in all lists that have it in the same version."""
     seen: dict[str, tuple[str, ...]] = {}
     pins = [pin for path in ALL_LISTS for pin in parse(path.read_text())]
 
@@ -71,7 +71,7 @@ def test_one_package_has_the_same_hashes_in_all_lists() -> None:
 
 
 def test_a_list_is_read_with_comments_markers_and_hashes() -> None:
-    """And a pin is written as it was read."""
+    """A list is read with comments, markers and hashes, and a pin is written as it was read."""
     text = (
         '# why\nsix==1.17.0 ; python_version >= "3.12" \\\n'
         f"    --hash=sha256:{A} \\\n    --hash=sha256:{B}\n"
@@ -84,7 +84,7 @@ def test_a_list_is_read_with_comments_markers_and_hashes() -> None:
 
 
 def test_rewriting_a_list_keeps_comments_and_order() -> None:
-    """Hashes are replaced, and added where there were none."""
+    """Rewriting a list replaces or adds hashes, and keeps comments and order."""
     text = f"# first\nb==1 \\\n    --hash=sha256:{A}\n# second\na==2\n"
 
     new = rewritten(text, {"b==1": (B,), "a==2": (C, A)})
@@ -96,7 +96,7 @@ def test_rewriting_a_list_keeps_comments_and_order() -> None:
 
 
 def test_a_json_page_of_an_index_is_read() -> None:
-    """The form of PEP 691; addresses may be relative, and a hash of another kind is none."""
+    """A JSON page (PEP 691) is read; addresses may be relative, and other hashes do not count."""
     page = (
         '{"meta": {"api-version": "1.1"}, "name": "demo", "files": ['
         '{"filename": "demo-1.0-py3-none-any.whl", "url": "../../f/demo.whl",'
@@ -113,7 +113,7 @@ def test_a_json_page_of_an_index_is_read() -> None:
 
 
 def test_an_html_page_of_an_index_is_read() -> None:
-    """The form of PEP 503: the hash is behind the address, whose name may be escaped."""
+    """An HTML page of an index (PEP 503) is read: the hash follows the address, perhaps escaped."""
     page = (
         '<!DOCTYPE html><html><body><a href="../">up</a>'
         f'<a href="../../f/demo-1.0%2Bcpu-py3-none-any.whl#sha256={A}" data-yanked="">any text</a>'
@@ -131,7 +131,7 @@ def test_an_html_page_of_an_index_is_read() -> None:
 
 
 def test_only_files_that_a_supported_machine_installs_count() -> None:
-    """Linux with glibc, x86-64 or Arm, CPython 3.11 to 3.14; of that very version."""
+    """Only files for glibc Linux on x86-64 or Arm, CPython 3.11 to 3.14 and that version count."""
     good = [
         "demo-1.0-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
         "demo-1.0-cp314-cp314-manylinux_2_28_aarch64.whl",
@@ -157,7 +157,7 @@ def test_only_files_that_a_supported_machine_installs_count() -> None:
 
 
 def test_a_source_archive_counts_where_a_machine_has_no_wheel() -> None:
-    """There pip and uv would build it. A marker can say that a machine does not install it."""
+    """Where a machine has no wheel the source archive counts, unless a marker excludes it."""
     files = some("demo-1.0-py3-none-manylinux1_x86_64.whl", "demo-1.0.tar.gz")
 
     everywhere = files_for(Pin("demo==1.0", ()), files)
@@ -168,7 +168,7 @@ def test_a_source_archive_counts_where_a_machine_has_no_wheel() -> None:
 
 
 def index(folder: Path, name: str, **files: str) -> Path:
-    """An index of HTML pages in a folder, with one package: the SHA-256 of each file."""
+    """Make an index of HTML pages in a folder, with one package: the SHA-256 of each file."""
     page = folder / name / "index.html"
     page.parent.mkdir(parents=True)
     anchors = [f'<a href="{it}.whl#sha256={digest}">{it}</a>' for it, digest in files.items()]
@@ -181,7 +181,7 @@ DEMO = Pin("demo==1.0", ())
 
 
 def test_hashes_come_from_where_pip_looks_first(tmp_path: Path) -> None:
-    """What an extra index has besides is not asked for: nothing of it is installed then."""
+    """Hashes come from the first index that pip uses; an extra index's other files are ignored."""
     first = index(tmp_path / "1", "demo", **{WHEEL: A})
     extra = index(tmp_path / "2", "demo", **{WHEEL: A, "demo-1.0-1-py3-none-any": B})
 
@@ -191,7 +191,7 @@ def test_hashes_come_from_where_pip_looks_first(tmp_path: Path) -> None:
 
 
 def test_two_indexes_that_differ_about_a_file_are_an_error(tmp_path: Path) -> None:
-    """One of them has somebody else's; the message has no address, which may hold a password."""
+    """If two indexes differ about a file, the error has no address, which may hold a password."""
     first = index(tmp_path / "1", "demo", **{WHEEL: A})
     extra = index(tmp_path / "2", "demo", **{WHEEL: B})
 
@@ -202,7 +202,7 @@ def test_two_indexes_that_differ_about_a_file_are_an_error(tmp_path: Path) -> No
 
 
 def test_files_in_a_folder_are_read_for_their_hash(tmp_path: Path) -> None:
-    """A folder of find-links has wheels and no page."""
+    """A folder for find-links has no page, so its wheels are read for their hashes."""
     (tmp_path / f"{WHEEL}.whl").touch()
 
     hashes = Indexes({"no-index": "1", "find-links": str(tmp_path)}).hashes(DEMO)
@@ -211,25 +211,25 @@ def test_files_in_a_folder_are_read_for_their_hash(tmp_path: Path) -> None:
 
 
 def test_a_version_that_no_index_has_is_an_error(tmp_path: Path) -> None:
-    """The lists stay as they were."""
+    """A version that no index has is an error, and the lists stay as they were."""
     with pytest.raises(HashError, match=r"^demo==1\.0: no index .* has a file for Linux$"):
         Indexes({"index-url": str(tmp_path)}).hashes(DEMO)
 
 
 def test_a_file_without_a_hash_is_an_error() -> None:
-    """It would have to be downloaded, and trusted for being there."""
+    """A file without a hash is an error: it would have to be downloaded and trusted unseen."""
     with pytest.raises(HashError, match=r"^demo\.whl: its index has no SHA-256 for it$"):
         hash_of(File("demo.whl", "index:demo.whl", None))
 
 
 def test_builds_that_are_on_no_common_index_keep_their_hashes() -> None:
-    """A folder may have one wheel of torch's CPU build; the list has other machines', too."""
+    """Builds on no common index keep their hashes: a folder may lack those of other machines."""
     assert (A, B, C) == with_other_builds(Pin("torch==1.0+cpu", (A, B)), (B, C))
     assert (B, C) == with_other_builds(Pin("torch==1.0", (A, B)), (B, C))
 
 
 def test_changed_hashes_of_one_version_are_told() -> None:
-    """Published files do not change: somebody should look at that before it is committed."""
+    """A changed hash for one version is reported, because published files do not change."""
     assert changes(Pin("demo==1.0", (A, B)), (B, C)) == (
         "demo==1.0: 1 hashes removed, 1 new, for the same version"
     )
@@ -248,7 +248,7 @@ def only_index(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 def test_the_command_writes_lists_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the indexes of pip's own configuration; and it prints no address of them."""
+    """The command rewrites lists from the indexes in pip's configuration, and prints no address."""
     place = index(tmp_path / "index", "demo", **{WHEEL: A})
     only_index(monkeypatch, place)
     (listed := tmp_path / "list.txt").write_text("# why\ndemo==1.0\n")
@@ -262,7 +262,7 @@ def test_the_command_writes_lists_anew(
 def test_a_list_stays_as_it_was_where_a_hash_cannot_be_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line says which."""
+    """A list stays as it was if a hash cannot be had; one line names it."""
     only_index(monkeypatch, tmp_path / "none")
     (listed := tmp_path / "list.txt").write_text("demo==1.0\n")
 
@@ -277,7 +277,7 @@ def test_a_list_stays_as_it_was_where_a_hash_cannot_be_had(
 def test_a_build_that_no_index_has_keeps_its_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the default index alone, the other lines are written all the same."""
+    """A build on no index keeps its hashes, and the other lists are still written."""
     only_index(monkeypatch, index(tmp_path / "index", "demo", **{WHEEL: A}))
     kept = f"torch==1.0+cpu \\\n    --hash=sha256:{B} \\\n    --hash=sha256:{C}\n"
     (listed := tmp_path / "list.txt").write_text(f"{kept}demo==1.0\n")
@@ -291,7 +291,7 @@ def test_a_build_that_no_index_has_keeps_its_hashes(
 def test_a_build_without_hashes_that_no_index_has_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """There is nothing to keep."""
+    """A build without hashes that no index has is an error: there is nothing to keep."""
     only_index(monkeypatch, tmp_path / "none")
     (listed := tmp_path / "list.txt").write_text("torch==1.0+cpu\n")
 

@@ -1,4 +1,4 @@
-"""Kept responses: who answers for them, and work that goes on behind an answer."""
+"""Kept responses: which frontend answers for them, and work that continues after a response."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESPONSES = "/v1/responses"
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stream that has nothing to say any more is ended soon."""
+    """End a stream that has nothing more to send soon."""
     monkeypatch.setattr("vllm_hotswap.responses.STREAM_GRACE_S", 0.01)
 
 
@@ -32,7 +32,7 @@ def create(server: Server, **body: Any) -> Stream:
 
 
 async def created(server: Server, **body: Any) -> dict[str, Any]:
-    """The response as its creator gets it."""
+    """Return the response as its creator gets it."""
     start = create(server, **body)
     answer = ""
     while not answer:
@@ -41,7 +41,7 @@ async def created(server: Server, **body: Any) -> dict[str, Any]:
 
 
 async def begun(reader: Stream) -> dict[str, Any]:
-    """The response as its first event has it."""
+    """Return the response as its first event has it."""
     event = ""
     while not event:
         event = await reader.next_event() or ""
@@ -52,7 +52,7 @@ def status(response: dict[str, Any]) -> tuple[str, str]:
     return response["model"], response["status"]
 
 
-# --- whose it is ----------------------------------------------------------------------------
+# --- ownership ------------------------------------------------------------------------------
 
 TEAM = Group(Rights("team"), "rights.team", KeySource(Keys.of(["ann", "bob"], "team")))
 KEYS = Access(user_keys=["eve", "eve-too"], admin_keys=["root"], groups=[TEAM])
@@ -68,7 +68,7 @@ async def ask(server: Server, key: str, method: str, path: str, **body: Any) -> 
 async def test_response_is_there_for_its_group_of_keys_alone(
     make_server: MakeServer, stranger: str
 ) -> None:
-    """To read, to go on from and to cancel; to others it is as if it did not exist."""
+    """Only its group of keys can read, continue or cancel a response; others cannot see it."""
     server = await make_server(access=KEYS)
     new = {"model": "llama", "input": "x"}
     mine = (await ask(server, "ann", "POST", RESPONSES, **new)).json()["id"]
@@ -98,7 +98,7 @@ async def test_keys_outside_of_groups_keep_their_responses_apart(make_server: Ma
 
 
 async def test_nobody_overwrites_the_response_of_another(make_server: MakeServer) -> None:
-    """A client may choose the id of its response, and may use its own again."""
+    """A key may choose and reuse ids of its group's responses, but overwrites no other group's."""
     server = await make_server(access=KEYS)
     new = {"model": "llama", "input": "x", "request_id": "resp_mine"}
     answers = [await ask(server, key, "POST", RESPONSES, **new) for key in ("ann", "eve", "bob")]
@@ -108,7 +108,7 @@ async def test_nobody_overwrites_the_response_of_another(make_server: MakeServer
 
 
 async def test_oldest_responses_are_forgotten(make_server: MakeServer) -> None:
-    """So that what is kept is bounded."""
+    """The oldest responses are forgotten, so that their number is limited."""
     server = await make_server(limits=LimitsConfig(kept_responses=2))
     ids = [(await created(server, model="llama"))["id"] for _ in range(4)]
     answers = [(await server.get(f"{RESPONSES}/{each}")).status_code for each in ids]
@@ -117,7 +117,7 @@ async def test_oldest_responses_are_forgotten(make_server: MakeServer) -> None:
 
 
 async def test_response_that_is_not_kept_is_nobodys(make_server: MakeServer) -> None:
-    """Its request was refused, so that the id it wanted is free."""
+    """A refused request keeps no response, so its id stays free."""
     server = await make_server(access=KEYS)
     new = {"model": "llama", "input": "x", "request_id": "resp_x", "previous_response_id": "no"}
     refused = await ask(server, "ann", "POST", RESPONSES, **new)
@@ -128,11 +128,11 @@ async def test_response_that_is_not_kept_is_nobodys(make_server: MakeServer) -> 
     assert 1 == len(server.app.router.owners)
 
 
-# --- who keeps it ---------------------------------------------------------------------------
+# --- which frontend keeps it ----------------------------------------------------------------
 
 
 async def test_kept_response_is_given_whoever_is_active(server: Server) -> None:
-    """By the frontend that keeps it, without a switch and without a lease."""
+    """A kept response is given by its own frontend, without a switch or a lease."""
     mine = await created(server, model="llama")
     await server.switch("qwen")
     other = await created(server, model="qwen")
@@ -144,7 +144,7 @@ async def test_kept_response_is_given_whoever_is_active(server: Server) -> None:
 
 
 async def test_kept_response_outlives_the_weights_of_its_model(server: Server) -> None:
-    """Its frontend stays when the model is unloaded."""
+    """A kept response survives the unload of its model, because the frontend stays."""
     mine = await created(server, model="llama")
     await server.switch("qwen")
     await server.operate("llama", "unload")
@@ -157,7 +157,7 @@ async def test_kept_response_outlives_the_weights_of_its_model(server: Server) -
 async def test_response_that_nobody_keeps_is_not_found(
     server: Server, method: str, end: str
 ) -> None:
-    """404 in OpenAI's form; the message says when responses are kept."""
+    """An unknown response gets 404 in OpenAI's form; the message says when responses are kept."""
     answer = await server.request(method, f"{RESPONSES}/resp_nobody{end}", b"").finish()
 
     assert (404, "response_not_found") == (answer.status, answer.error["code"])
@@ -166,7 +166,7 @@ async def test_response_that_nobody_keeps_is_not_found(
 
 
 async def test_model_in_the_query_is_the_only_one_that_is_asked(server: Server) -> None:
-    """Two models might have the same id, if clients choose them."""
+    """If the query names a model only that one is asked: clients may choose equal ids on two."""
     mine = await created(server, model="llama")
     path = f"{RESPONSES}/{mine['id']}"
 
@@ -177,7 +177,7 @@ async def test_model_in_the_query_is_the_only_one_that_is_asked(server: Server) 
 
 
 async def test_conversation_goes_on_with_the_model_that_keeps_it(server: Server) -> None:
-    """Named or not: a request that goes on from a response is for the response's model."""
+    """A request that continues a response goes to that response's model, named or not."""
     mine = await created(server, model="llama")
     await server.switch("qwen")
     unnamed = await create(server, previous_response_id=mine["id"]).finish()
@@ -190,7 +190,7 @@ async def test_conversation_goes_on_with_the_model_that_keeps_it(server: Server)
 
 
 async def test_conversation_does_not_go_on_with_another_model(server: Server) -> None:
-    """400; the message says whose the response is."""
+    """Continuing a response with another model gets 400; the message names the right model."""
     mine = await created(server, model="llama")
     await server.switch("qwen")
 
@@ -204,7 +204,7 @@ async def test_conversation_does_not_go_on_with_another_model(server: Server) ->
 async def test_conversation_that_nobody_keeps_is_the_models_matter(
     server: Server, previous: object
 ) -> None:
-    """Its own answer to it is passed on."""
+    """If no model keeps the previous response, the model's own answer is passed on."""
     answer = await create(server, model="llama", previous_response_id=previous).finish()
 
     assert (200 if previous is None else 404) == answer.status
@@ -214,7 +214,7 @@ async def test_conversation_that_nobody_keeps_is_the_models_matter(
 
 
 async def test_drain_waits_for_work_in_the_background(server: Server) -> None:
-    """It was accepted: its answer is complete, and still the model is kept until it is done."""
+    """A drain waits for background work, although its response is complete: it was accepted."""
     server.host.hold("step", "llama")
     mine = await created(server, model="llama", background=True)
     assert ("llama", "queued") == status(mine)
@@ -232,7 +232,7 @@ async def test_drain_waits_for_work_in_the_background(server: Server) -> None:
 
 
 async def test_work_in_the_background_that_is_cut_says_so(server: Server) -> None:
-    """At the deadline it is ended in the engine, and the response has failed, with the reason."""
+    """At the deadline, background work is aborted and its response has failed, with the reason."""
     server.host.hold("step", "llama")
     mine = await created(server, model="llama", background=True)
 
@@ -246,7 +246,7 @@ async def test_work_in_the_background_that_is_cut_says_so(server: Server) -> Non
 
 
 async def test_death_of_the_host_ends_work_in_the_background(server: Server) -> None:
-    """Nobody who polls it waits for ever."""
+    """When the host dies background work fails, so no polling client waits for ever."""
     server.host.hold("step", "llama")
     mine = await created(server, model="llama", background=True)
 
@@ -261,7 +261,7 @@ async def test_death_of_the_host_ends_work_in_the_background(server: Server) -> 
 async def test_work_that_fails_by_itself_is_not_queued_for_ever(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The response has failed; the cause is in the log, once, and no internals in the answer."""
+    """Background work that fails reports no internals; its cause is logged, once."""
     server.host.hold("step", "llama")
     mine = await created(server, model="llama", background=True)
     engine = server.host.engines["llama"]
@@ -284,7 +284,7 @@ async def test_work_that_fails_by_itself_is_not_queued_for_ever(
 
 
 async def test_work_in_the_background_can_be_cancelled_whoever_is_active(server: Server) -> None:
-    """By its id alone; the model is free then."""
+    """Background work is cancelled by its id alone, whatever is active, and frees its model."""
     server.host.hold("step", "llama")
     mine = await created(server, model="llama", background=True)
 
@@ -297,7 +297,7 @@ async def test_work_in_the_background_can_be_cancelled_whoever_is_active(server:
 
 
 async def test_stream_in_the_background_goes_on_without_its_reader(server: Server) -> None:
-    """The model is kept for it, and whoever asks later gets every event."""
+    """A background stream continues without its reader, holds its model, and can be read later."""
     server.host.hold("step", "llama")
     reader = create(server, model="llama", background=True, stream=True, max_output_tokens=2)
     mine = await begun(reader)
@@ -316,7 +316,7 @@ async def test_stream_in_the_background_goes_on_without_its_reader(server: Serve
 
 
 async def test_streams_of_work_that_is_cut_end_with_an_error(server: Server) -> None:
-    """Of whoever began it and of whoever follows it: an event that the API's clients know."""
+    """When background work is aborted, all its streams end with an error event of the API."""
     server.host.hold("step", "llama")
     reader = create(server, model="llama", background=True, stream=True)
     mine = await begun(reader)
@@ -333,7 +333,7 @@ async def test_streams_of_work_that_is_cut_end_with_an_error(server: Server) -> 
 
 
 async def test_stream_of_work_that_is_cancelled_does_not_hold_its_model(server: Server) -> None:
-    """vLLM would leave it open for ever; a switch would wait for it to its deadline."""
+    """Cancelled work ends its stream: vLLM would keep it open, and a switch would wait for it."""
     server.host.hold("step", "llama")
     reader = create(server, model="llama", background=True, stream=True)
     mine = await begun(reader)
@@ -348,7 +348,7 @@ async def test_stream_of_work_that_is_cancelled_does_not_hold_its_model(server: 
 
 
 async def test_slow_reader_of_work_that_has_ended_gets_all_that_there_is(server: Server) -> None:
-    """A stream is ended where there is nothing more to send, not where its client is slow."""
+    """A slow reader gets all of ended work: only a stream with nothing left to send is ended."""
     server.host.hold("step", "llama")
     reader = create(server, model="llama", background=True, stream=True, max_output_tokens=5)
     await begun(reader)
@@ -376,14 +376,14 @@ async def test_slow_reader_of_work_that_has_ended_gets_all_that_there_is(server:
 def test_answer_names_its_response_in_its_first_piece(
     body: bytes, is_event_stream: bool, expected: str | None
 ) -> None:
-    """Whole, or as the first of its events; an error names none."""
+    """A response's id is found in its first piece, whole or an event; an error has none."""
     assert expected == answered_id(body, is_event_stream)
 
 
 async def test_responses_of_a_model_without_that_api_are_not_looked_for(
     make_server: MakeServer,
 ) -> None:
-    """An embedding model keeps none, and has no such route."""
+    """Models without the Responses API, as embedding models, are not asked for responses."""
     embed = FakeSettings(tasks=("embed",))
     server = await make_server(
         aliases=("embed",), load=("embed",), default="embed", settings={"embed": embed}

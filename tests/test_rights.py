@@ -26,7 +26,7 @@ def bearer(key: str | None, **more: str) -> Headers:
     return Headers({**own, **{name.replace("_", "-"): value for name, value in more.items()}})
 
 
-# --- what is asked for ------------------------------------------------------------------------
+# --- what a request asks for ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def bearer(key: str | None, **more: str) -> Headers:
 def test_request_asks_with_headers(
     headers: dict[str, str], priority: int | None, wait_s: float | None
 ) -> None:
-    """For a priority, for how long it wants to wait at most, for both, or for nothing."""
+    """A request asks by headers for a priority, for a maximum wait, for both, or for nothing."""
     assert RequestTerms(priority, wait_s) == read_terms(Headers(headers))
 
 
@@ -51,7 +51,7 @@ def test_request_asks_with_headers(
     "value", ["", "high", "1.0", "101", "-101", "1,2", "\xb9", "1e1", "0x1", "7" * 99]
 )
 def test_priority_that_is_none_is_refused(value: str) -> None:
-    """With 400 and the name of the header; a long value is not repeated whole."""
+    """A wrong priority gets 400 with the header's name; a long value is not repeated whole."""
     with pytest.raises(InvalidRequest, match=f"the header {PRIORITY} is '") as caught:
         read_terms(Headers(raw=[(PRIORITY.encode(), value.encode("latin-1"))]))
 
@@ -63,7 +63,7 @@ def test_priority_that_is_none_is_refused(value: str) -> None:
     "value", ["", "soon", "-1", "nan", "inf", "1e3", "1_0", ".5", "1.", "9" * 10]
 )
 def test_wait_that_is_none_is_refused(value: str) -> None:
-    """Neither less than nothing, nor for ever."""
+    """A wait that is negative or without an end is refused."""
     with pytest.raises(InvalidRequest, match=f"the header {MAX_WAIT} is '") as caught:
         read_terms(Headers({MAX_WAIT: value}))
 
@@ -71,7 +71,7 @@ def test_wait_that_is_none_is_refused(value: str) -> None:
 
 
 def test_header_that_is_given_twice_is_refused() -> None:
-    """It is not guessed which one counts."""
+    """A header that is given twice is refused, because either could be meant."""
     twice = [(PRIORITY.encode(), b"1"), (PRIORITY.encode(), b"2")]
 
     with pytest.raises(InvalidRequest, match="given 2 times"):
@@ -86,7 +86,7 @@ def test_header_that_is_given_twice_is_refused() -> None:
     [(None, 0, None), (3, 0, 3), (5, 0, 5), (6, 0, 5), (-100, 0, -100), (9, 8, 8), (6, 8, 6)],
 )
 def test_priority_is_bounded_by_the_group(asked: int | None, own: int, counts: int | None) -> None:
-    """But never below its model's own: nobody gets less by asking for more."""
+    """A group limits priority, but not below its model's own: asking for more never gives less."""
     assert (
         counts
         == Rights(max_priority=5).bound(RequestTerms(asked), "llama", RequestTerms(own)).priority
@@ -95,7 +95,7 @@ def test_priority_is_bounded_by_the_group(asked: int | None, own: int, counts: i
 
 @pytest.mark.parametrize(("asked", "counts"), [(None, None), (0.0, 2.0), (2.0, 2.0), (9.0, 9.0)])
 def test_wait_is_bounded_by_the_group(asked: float | None, counts: float | None) -> None:
-    """Who may not be impatient waits a little longer; who asks for nothing is not touched."""
+    """A group raises a requested wait to its minimum; a request without one is unchanged."""
     terms = Rights(min_max_wait_s=2.0).bound(RequestTerms(max_wait_s=asked), "llama")
 
     assert counts == terms.max_wait_s
@@ -108,7 +108,7 @@ def test_wait_is_bounded_by_the_group(asked: float | None, counts: float | None)
 def test_group_says_to_which_models_its_requests_may_switch(
     switch_to: frozenset[str] | None, allowed: list[str]
 ) -> None:
-    """To all, to some, or to none; the rule that says so is named."""
+    """A group may let its requests switch to all, some or no models; the rule is named."""
     rights = Rights("team", switch_to)
     terms = {alias: rights.bound(RequestTerms(), alias) for alias in ("llama", "qwen")}
 
@@ -116,11 +116,11 @@ def test_group_says_to_which_models_its_requests_may_switch(
     assert {"rights.team.switch_to"} == {bound.rule for bound in terms.values()}
 
 
-# --- who is in which group --------------------------------------------------------------------
+# --- groups -----------------------------------------------------------------------------------
 
 
 def test_key_has_the_rights_of_its_group() -> None:
-    """An admin's has all; a key of no group, or none where none is needed, has `default`'s."""
+    """Keys have their group's rights, admins all; other keys, or none, have `default`'s."""
     access = Access(
         user_keys=["user"],
         admin_keys=["admin"],
@@ -137,7 +137,7 @@ def test_key_has_the_rights_of_its_group() -> None:
 
 
 def test_terms_are_those_of_the_callers_group() -> None:
-    """As bounded by it, or by nothing for an admin."""
+    """A request's terms are limited by its caller's group; an admin's are not limited."""
     access = Access(
         admin_keys=["admin"],
         groups=[
@@ -154,7 +154,7 @@ def test_terms_are_those_of_the_callers_group() -> None:
 
 
 def test_rights_of_everybody_else_count_without_any_key() -> None:
-    """A server without keys can say that nobody's request causes a switch."""
+    """A server without keys can forbid that requests cause a switch."""
     access = Access(groups=[group("default", switch_to=frozenset())])
 
     assert not access.terms(bearer(None), "llama").may_switch
@@ -162,14 +162,14 @@ def test_rights_of_everybody_else_count_without_any_key() -> None:
 
 
 def test_key_of_a_group_is_a_user_key() -> None:
-    """So that a server whose only keys are those of groups asks for one."""
+    """A group's key is a user key, so a server with only such keys requires one."""
     access = Access(groups=[group("team", "one")])
 
     assert "<Access user_keys=1 admin_keys=0 dev_mode=False>" == repr(access)
 
 
 def test_key_of_two_groups_is_refused_without_being_shown() -> None:
-    """Both places are named."""
+    """A key of two groups is refused without showing it; both places are named."""
     groups = [group("a", "sk-1"), group("b", "sk-2"), group("c", "sk-3", "sk-1")]
 
     with pytest.raises(
@@ -183,7 +183,7 @@ def test_key_of_two_groups_is_refused_without_being_shown() -> None:
 def test_key_file_of_a_group_is_read_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All at once or not at all: a key that gets into two groups leaves everything as it was."""
+    """A key file is reloaded whole or not at all: a key in two groups changes nothing."""
     path = tmp_path / "keys"
     path.write_text("old\n")
     path.chmod(0o600)
@@ -202,7 +202,7 @@ def test_key_file_of_a_group_is_read_again(
 
 
 def test_nobody_waits_longer_for_having_asked_for_less() -> None:
-    """A group's least is no more than what the model gives without asking."""
+    """A group's minimum never makes a request wait longer than its model's default."""
     own = RequestTerms(max_wait_s=2.0)
     assert (
         2.0

@@ -1,4 +1,4 @@
-"""Whose requests may cause a switch, on a server in the mode `auto`."""
+"""Which requests may cause a switch, on a server in the mode `auto`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ACCESS = Access(
 
 @pytest.fixture
 async def auto(make_server: MakeServer) -> Server:
-    """llama is active, qwen is parked, mistral is cold, and keys have different rights."""
+    """A server with keys of different rights: llama is active, qwen parked, mistral cold."""
     return await make_server(
         mode="auto", access=ACCESS, policies={"mistral": ModelPolicy(priority=8)}
     )
@@ -63,7 +63,7 @@ def ask(
 async def test_request_causes_a_switch_if_its_key_may(
     make_server: MakeServer, key: str, models: list[str]
 ) -> None:
-    """The active model is everybody's; who is in no group has the rights of `default`."""
+    """Every key may use the active model; keys in no group have the rights of `default`."""
     served = []
     for model in ("llama", "qwen", "mistral"):
         server = await make_server(mode="auto", access=ACCESS)
@@ -75,7 +75,7 @@ async def test_request_causes_a_switch_if_its_key_may(
 
 
 async def test_refusal_names_the_model_and_the_rule(auto: Server) -> None:
-    """At once, and nothing is switched."""
+    """A request without the right is refused at once with model and rule, and nothing switches."""
     refused = await ask(auto, "mistral", "some")
 
     assert (403, "switch_not_allowed") == (refused.status_code, refused.json()["error"]["code"])
@@ -87,7 +87,7 @@ async def test_refusal_names_the_model_and_the_rule(auto: Server) -> None:
 
 
 async def test_somebody_elses_switch_serves_everybody(auto: Server) -> None:
-    """Who may not cause it may wait for it."""
+    """A request that may not cause a switch may wait for one that another caused."""
     auto.host.hold("activate", "qwen")
     first = ask(auto, "qwen", "team")
     await auto.settled()
@@ -99,7 +99,7 @@ async def test_somebody_elses_switch_serves_everybody(auto: Server) -> None:
 
 
 async def test_request_does_not_cause_a_switch_back(auto: Server) -> None:
-    """Neither one that comes while its model is being drained, nor one that waited before that."""
+    """Without the right, a request causes no switch back, be it sent during the drain or before."""
     auto.host.hold("step", "llama")
     running = ask(auto, "llama", "team")
     await auto.settled()
@@ -120,7 +120,7 @@ async def test_request_does_not_cause_a_switch_back(auto: Server) -> None:
 
 
 async def test_who_waited_while_the_model_was_active_is_told(make_server: MakeServer) -> None:
-    """`fifo` keeps a request of the active model waiting behind one of another model."""
+    """A request without the right is refused if `fifo` kept it waiting and its model has gone."""
     server = await make_server(mode="auto", policy="fifo", access=ACCESS)
     server.host.hold("step", "llama")
     running = ask(server, "llama", "team")
@@ -133,7 +133,7 @@ async def test_who_waited_while_the_model_was_active_is_told(make_server: MakeSe
 
 
 async def test_request_without_a_model_needs_no_right(auto: Server) -> None:
-    """It is for whichever is active."""
+    """A request without a model needs no right: it goes to the active model."""
     assert 200 == (await ask(auto, None, "none")).status_code
 
 
@@ -151,7 +151,7 @@ async def test_request_without_a_model_needs_no_right(auto: Server) -> None:
 async def test_answer_tells_the_priority_that_counts(
     auto: Server, model: str, key: str, asked: str, counts: str
 ) -> None:
-    """The group's highest one, or that of its model."""
+    """The response names the priority that counts: the group's highest, or the model's."""
     answer = await ask(auto, model, key, priority=asked)
 
     assert counts == answer.headers["x-hotswap-priority"]
@@ -159,7 +159,7 @@ async def test_answer_tells_the_priority_that_counts(
 
 
 async def test_answer_is_silent_about_a_priority_that_nobody_asked_for(auto: Server) -> None:
-    """The request has its model's, and its model's time to wait."""
+    """A request without a priority has its model's priority and wait, and no header says so."""
     answer = await ask(auto, "mistral", "team")
 
     assert "x-hotswap-priority" not in answer.headers
@@ -168,7 +168,7 @@ async def test_answer_is_silent_about_a_priority_that_nobody_asked_for(auto: Ser
 
 
 async def test_wait_that_is_too_short_for_the_group_is_longer(auto: Server) -> None:
-    """And one that is long enough is as it was asked for."""
+    """A requested wait below the group's minimum is raised; a longer one stays."""
     await ask(auto, "llama", "team", max_wait="0.1")
     await ask(auto, "llama", "team", max_wait="9.5")
     await ask(auto, "llama", "user", max_wait="0.1")
@@ -182,7 +182,7 @@ async def test_wait_that_is_too_short_for_the_group_is_longer(auto: Server) -> N
 async def test_header_that_is_wrong_is_refused(
     make_server: MakeServer, mode: str, headers: dict[str, str]
 ) -> None:
-    """In both modes, so that a client is not told only when the mode is changed."""
+    """A wrong header is refused in both modes, so a change of mode breaks no client."""
     server = await make_server(mode=mode)
     (name,) = headers
 
@@ -193,7 +193,7 @@ async def test_header_that_is_wrong_is_refused(
 
 
 async def test_request_with_a_higher_priority_goes_first(make_server: MakeServer) -> None:
-    """Its model is switched to before the one that has waited longer."""
+    """A request with a higher priority is served before one that has waited longer."""
     server = await make_server(mode="auto", access=ACCESS)
     server.host.hold("step", "llama")
     running = ask(server, "llama", "team")

@@ -65,7 +65,7 @@ NEVER = (
 
 
 def example(path: str) -> str:
-    """A path that a pattern matches."""
+    """Return a path that a pattern matches."""
     for name in ("{alias:path}", "{response_id}", "{file:path}", "{id}"):
         path = path.replace(name, "llama")
     return path
@@ -86,7 +86,7 @@ BY_THE_ROUTER = (
 
 
 def refusal(response: httpx.Response) -> tuple[int, str] | None:
-    """Status and code of a refusal by the outer application, None if the caller passed."""
+    """Return status and code of a refusal by the outer application, None if the caller passed."""
     if response.status_code not in (401, 403, 404, 405):
         return None
     if not response.headers["content-type"].startswith("application/json"):
@@ -96,7 +96,7 @@ def refusal(response: httpx.Response) -> tuple[int, str] | None:
 
 
 async def refusals(server: Server, method: str, path: str) -> dict[str, tuple[int, str]]:
-    """Who of the callers is refused, and how."""
+    """Return how each caller is refused."""
     answers = {caller: refusal(await ask(server, method, path, caller)) for caller in CALLERS}
     return {caller: answer for caller, answer in answers.items() if answer is not None}
 
@@ -120,7 +120,7 @@ REFUSED = {
 async def test_own_route_lets_in_whom_its_role_lets_in(
     make_server: MakeServer, route: Route
 ) -> None:
-    """Public ones everybody, the user's with a key, the admin's with the admin key."""
+    """Public routes accept every caller, the user's routes a key, the admin's the admin key."""
     server = await make_server(access=KEYS)
 
     assert REFUSED[route.role] == await refusals(server, route.method, example(route.path))
@@ -128,7 +128,7 @@ async def test_own_route_lets_in_whom_its_role_lets_in(
 
 @pytest.mark.parametrize("line", [line for line in VLLM_USER_ROUTES if "POST" in line])
 async def test_inference_route_of_vllm_is_any_users(make_server: MakeServer, line: str) -> None:
-    """It reaches the model's application with the user's key, and not without one."""
+    """An inference route of vLLM reaches the model's application with a user's key, only."""
     server = await make_server(access=KEYS)
     method, path = line.split()
 
@@ -139,7 +139,7 @@ async def test_inference_route_of_vllm_is_any_users(make_server: MakeServer, lin
 async def test_route_of_vllm_that_is_not_for_users_needs_the_admin_key(
     make_server: MakeServer, line: str
 ) -> None:
-    """Whether vLLM mounts it or not."""
+    """A route of vLLM that is not for users needs the admin key, whether vLLM mounts it or not."""
     server = await make_server(access=KEYS)
     method, path = line.split()
 
@@ -150,7 +150,7 @@ async def test_route_of_vllm_that_is_not_for_users_needs_the_admin_key(
 async def test_route_that_is_not_in_the_table_is_refused_whatever_the_key(
     make_server: MakeServer, line: str
 ) -> None:
-    """404 in OpenAI's form; vLLM's development routes are among them."""
+    """A route outside the table, as vLLM's development routes, gets OpenAI's 404 with any key."""
     server = await make_server(access=KEYS)
     method, path = line.split()
 
@@ -175,7 +175,7 @@ async def test_route_that_is_not_in_the_table_is_refused_whatever_the_key(
 async def test_method_that_a_path_does_not_take_is_refused_with_those_that_it_takes(
     server: Server, method: str, path: str, allowed: str
 ) -> None:
-    """405, with `Allow`, in OpenAI's form."""
+    """A wrong method gets 405 with `Allow`, in OpenAI's form."""
     response = await server.call(method, path)
 
     assert (405, allowed) == (response.status_code, response.headers["allow"])
@@ -183,7 +183,7 @@ async def test_method_that_a_path_does_not_take_is_refused_with_those_that_it_ta
 
 
 async def test_head_is_no_method_of_a_route_that_has_no_get(server: Server) -> None:
-    """Nor is it of vLLM's where vLLM does not have it."""
+    """HEAD is refused on a route without GET, and on vLLM's routes where vLLM lacks it."""
     answers = [await server.call("HEAD", path) for path in ("/v1/chat/completions", "/load")]
 
     assert [(405, "POST"), (405, "GET")] == [(a.status_code, a.headers["allow"]) for a in answers]
@@ -191,13 +191,13 @@ async def test_head_is_no_method_of_a_route_that_has_no_get(server: Server) -> N
 
 @pytest.mark.parametrize("path", ["/health", "/v1/models", "/admin/events", "/metrics"])
 async def test_own_reading_route_answers_head(server: Server, path: str) -> None:
-    """Monitors ask so."""
+    """Our own GET routes answer HEAD, which monitors use."""
     assert 200 == (await server.call("HEAD", path)).status_code
 
 
 @pytest.mark.parametrize("path", ["/v1/models/", "/health//", "/v1/models/llama/"])
 async def test_slash_at_the_end_does_not_matter(server: Server, path: str) -> None:
-    """As with vLLM, which would redirect."""
+    """A slash at the end does not matter, as with vLLM, which would redirect."""
     assert 200 == (await server.get(path)).status_code
 
 
@@ -206,14 +206,14 @@ async def test_slash_at_the_end_does_not_matter(server: Server, path: str) -> No
     [("/api/v1/models", 200), ("/v1/models", 200), ("/apix/v1/models", 404), ("/api", 404)],
 )
 async def test_prefix_of_a_proxy_is_left_out(server: Server, path: str, status: int) -> None:
-    """Whether the proxy has taken it away or not, as starlette has it."""
+    """A proxy's prefix is ignored, whether the proxy removed it or not, as in starlette."""
     answer = await server.request("GET", path, b"", root_path="/api").finish()
 
     assert status == answer.status
 
 
 async def test_alias_may_contain_slashes(make_server: MakeServer) -> None:
-    """In the card's route, and before an operation of the same name."""
+    """An alias may contain slashes, in the card's route and before an operation of its name."""
     server = await make_server(aliases=("llama", "org/load"), load=("llama",))
 
     card = await server.get("/v1/models/org/load")
@@ -228,7 +228,7 @@ async def test_alias_may_contain_slashes(make_server: MakeServer) -> None:
 async def handshake(
     app: Any, path: str, key: str | None, extensions: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What the application says to a WebSocket that wants in."""
+    """Return what the application sends to a WebSocket that connects."""
     said: list[dict[str, Any]] = []
     heard = asyncio.Queue[dict[str, Any]]()
     heard.put_nowait({"type": "websocket.connect"})
@@ -263,7 +263,7 @@ async def handshake(
 async def test_web_socket_is_refused_as_a_request_is(
     make_server: MakeServer, path: str, key: str | None, status: int
 ) -> None:
-    """With the status and OpenAI's object, where the HTTP server can tell them."""
+    """A refused WebSocket gets status and OpenAI's object where the HTTP server can send them."""
     server = await make_server(access=KEYS)
 
     start, body = await handshake(server.app, path, key, {"websocket.http.response": {}})
@@ -273,7 +273,7 @@ async def test_web_socket_is_refused_as_a_request_is(
 
 
 async def test_web_socket_is_closed_where_no_answer_can_be_given(make_server: MakeServer) -> None:
-    """With "policy violation" and the reason."""
+    """Where no response can be sent, a WebSocket is closed as a policy violation, with reason."""
     server = await make_server(access=KEYS)
 
     (close,) = await handshake(server.app, "/v1/other", "admin", {})
@@ -283,7 +283,7 @@ async def test_web_socket_is_closed_where_no_answer_can_be_given(make_server: Ma
 
 
 async def test_web_socket_of_vllm_reaches_the_model(make_server: MakeServer) -> None:
-    """With a user's key; the fake model has no such route, and is named."""
+    """A user's WebSocket reaches its model; the fake model, which has no such route, is named."""
     server = await make_server(access=KEYS)
 
     (close,) = await handshake(server.app, "/v1/realtime", "user", {})
@@ -296,13 +296,13 @@ async def test_web_socket_of_vllm_reaches_the_model(make_server: MakeServer) -> 
 
 
 def test_table_refuses_a_route_that_is_given_twice() -> None:
-    """One of them would never be asked."""
+    """The table refuses a route that is given twice, because one would never be used."""
     with pytest.raises(ValueError, match="GET /a is in the table twice"):
         RouteTable([Route("GET", "/a", Role.USER), Route("GET", "/a", Role.ADMIN)])
 
 
 def test_a_plain_path_hides_patterns_and_the_first_pattern_with_the_method_counts() -> None:
-    """A path that has no braces is one thing, whatever its methods."""
+    """A plain path hides patterns for any method; else the first pattern with the method wins."""
     table = RouteTable(
         [
             Route("GET", "/a/{rest:path}/x", Role.USER),
@@ -321,7 +321,7 @@ def test_a_plain_path_hides_patterns_and_the_first_pattern_with_the_method_count
 
 
 def test_an_adapter_may_be_called_like_an_operation() -> None:
-    """It can be removed all the same."""
+    """An adapter that is called like an operation can be added and removed."""
     table = RouteTable(
         [
             Route("POST", "/m/{alias:path}/pin", Role.ADMIN),
@@ -336,13 +336,13 @@ def test_an_adapter_may_be_called_like_an_operation() -> None:
 
 @pytest.mark.parametrize("path", ["/a/", "/a/b/c", "/b", "/a/b\n/c"])
 def test_one_part_of_a_path_is_one_segment(path: str) -> None:
-    """Neither none nor two."""
+    """A path parameter matches exactly one segment."""
     with pytest.raises(UnknownRoute):
         RouteTable([Route("GET", "/a/{one}", Role.USER)]).find("GET", path)
 
 
 def test_web_socket_is_no_method_to_try() -> None:
-    """`Allow` names methods alone."""
+    """`Allow` lists methods only, and no WebSocket."""
     table = RouteTable([Route(WEBSOCKET, "/a", Role.USER), Route("GET", "/a", Role.USER)])
 
     with pytest.raises(MethodNotAllowed, match=r"POST is not allowed on /a; allowed: GET$"):

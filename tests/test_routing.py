@@ -1,4 +1,4 @@
-"""The switching rules as clients see them: answers, errors, streams."""
+"""The switching rules as clients see them: responses, errors, streams."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ JSON_HEADERS = [(b"content-type", b"application/json")]
 def add_route(
     server: Server, path: str, endpoint: Callable[[Request], Awaitable[Response]]
 ) -> None:
-    """Have llama answer one more route."""
+    """Add a route to llama."""
     server.host.engines["llama"].add_route(Route(path, endpoint, methods=["POST"]))
 
 
@@ -58,7 +58,7 @@ async def error_of(call: asyncio.Task[httpx.Response]) -> tuple[int, str]:
 
 
 async def test_request_for_the_active_model_is_served(server: Server) -> None:
-    """The model that is named answers."""
+    """A request for the active model is answered by that model."""
     response = await server.ask("llama")
 
     assert 200 == response.status_code
@@ -66,12 +66,12 @@ async def test_request_for_the_active_model_is_served(server: Server) -> None:
 
 
 async def test_request_without_a_model_goes_to_the_active_one(server: Server) -> None:
-    """`model` may be left out, as with vLLM itself."""
+    """A request without `model` goes to the active model, as with vLLM itself."""
     assert WORDS.format("llama") == text(await server.ask(None))
 
 
 async def test_request_without_a_model_waits_for_the_target(server: Server) -> None:
-    """During a switch, the model to come is meant."""
+    """During a switch, a request without `model` waits for the target."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -86,7 +86,7 @@ async def test_request_without_a_model_waits_for_the_target(server: Server) -> N
 
 
 async def test_unknown_alias_is_refused_with_the_configured_ones(server: Server) -> None:
-    """404, and the message says what could be asked for."""
+    """An unknown alias gets 404, and the message lists the configured models."""
     response = await server.ask("gpt")
 
     assert (404, "model_not_found") == (response.status_code, code(response))
@@ -94,7 +94,7 @@ async def test_unknown_alias_is_refused_with_the_configured_ones(server: Server)
 
 
 async def test_model_that_is_not_active_is_refused_with_the_way_to_switch(server: Server) -> None:
-    """404, and the message names the active model and the call that would switch."""
+    """An inactive model gets 404, and the message names the active one and the switch call."""
     response = await server.ask("qwen")
 
     assert (404, "model_not_active") == (response.status_code, code(response))
@@ -104,12 +104,12 @@ async def test_model_that_is_not_active_is_refused_with_the_way_to_switch(server
 
 
 async def test_empty_alias_is_refused(server: Server) -> None:
-    """An empty `model` is a mistake, not a wish for the active one."""
+    """An empty `model` is an error, and does not mean the active one."""
     assert (400, "invalid_request") == await error_of(server.ask(""))
 
 
 async def test_body_is_passed_on_whole(server: Server) -> None:
-    """However many parts it comes in, the application gets all of it."""
+    """The application gets the whole body, in however many parts it comes."""
     body = json.dumps({"x": "y" * 999, "model": "llama"}).encode()
 
     async def echo(request: Request) -> Response:
@@ -147,7 +147,7 @@ JSON = "application/json"
 async def test_model_is_found_wherever_a_route_has_it(
     server: Server, path: str, content_type: str | None, query: str, body: bytes
 ) -> None:
-    """In a form, in the query, in JSON of any encoding and size, which comes before the query."""
+    """The model is found in a form, in the query, or in JSON of any kind, which comes first."""
     headers = {"content-type": content_type} if content_type else {}
     answer = await server.post(path, content=body, headers=headers, params=query)
 
@@ -159,7 +159,7 @@ async def test_model_is_found_wherever_a_route_has_it(
 async def test_encoding_of_a_body_chooses_no_other_model(
     make_server: MakeServer, encoding: str
 ) -> None:
-    """In the mode auto, the model that is named answers, whatever JSON is written in."""
+    """In the mode auto, the named model answers whatever encoding the JSON is written in."""
     server = await make_server(mode="auto")
     body = json.dumps({"model": "qwen", "messages": []}).encode(encoding)
 
@@ -182,7 +182,7 @@ async def test_encoding_of_a_body_chooses_no_other_model(
 async def test_body_of_another_kind_is_refused(
     server: Server, path: str, content_type: str | None, wanted: str
 ) -> None:
-    """vLLM would not read it. The model that it may name is not looked for; the header is named."""
+    """A body of another type is refused by its header, without looking for a model in it."""
     headers = {"content-type": content_type} if content_type else {}
     answer = await server.post(path, content=b'{"model": "qwen"}', headers=headers)
 
@@ -196,7 +196,7 @@ async def test_body_of_another_kind_is_refused(
 async def test_form_is_taken_however_its_path_is_written(
     server: Server, below: str, slash: str
 ) -> None:
-    """With a slash at its end, which the application redirects, and below a proxy's prefix."""
+    """A form is read with a slash at the end of its path, and below a proxy's prefix."""
     headers = [(b"content-type", b"multipart/form-data; boundary=b")]
     given: dict[str, Any] = {"headers": headers, "root_path": below}
 
@@ -208,7 +208,7 @@ async def test_form_is_taken_however_its_path_is_written(
 
 @pytest.mark.parametrize("path", [CHAT, SWITCH])
 async def test_compressed_body_is_refused(server: Server, path: str) -> None:
-    """Nothing decompresses it: it is no JSON to vLLM either, and names no model."""
+    """A compressed body is refused: vLLM cannot read it, and it names no model."""
     body = gzip.compress(b'{"model": "qwen"}')
     headers = {"content-type": JSON, "content-encoding": "gzip"}
 
@@ -220,7 +220,7 @@ async def test_compressed_body_is_refused(server: Server, path: str) -> None:
 
 
 async def test_large_body_gives_everybody_else_a_turn(make_server: MakeServer) -> None:
-    """While a body is looked at, other requests are answered, however large it is."""
+    """While a large body is scanned, other requests are answered, however large it is."""
     server = await make_server(limits=LimitsConfig(body_values=1 << 24))
     body = b'{"input": [' + b"[]," * (1 << 20) + b'1], "model": "nobody"}'
     large = asyncio.create_task(
@@ -238,7 +238,7 @@ async def test_large_body_gives_everybody_else_a_turn(make_server: MakeServer) -
 
 
 async def test_a_body_of_too_many_values_is_refused(make_server: MakeServer) -> None:
-    """Its size may be small: vLLM would parse it in one go, and nobody else be answered."""
+    """A body of too many values is refused: vLLM would block all others while it parses it."""
     server = await make_server(limits=LimitsConfig(body_values=30_000))
     path = "/v1/completions"
 
@@ -254,13 +254,13 @@ async def test_a_body_of_too_many_values_is_refused(make_server: MakeServer) -> 
 async def test_a_chat_does_not_wait_for_the_body_of_somebody_else(
     make_server: MakeServer, unit: str
 ) -> None:
-    """The larger body is looked at in pieces, whatever is in it; a chat waits for one of them."""
+    """A chat waits for at most one piece of another client's larger body."""
     server = await make_server(limits=LimitsConfig(body_values=1 << 24))
     body = ("{" + unit * (1 << 21) + '"model": "nobody"}').encode()
     large = asyncio.create_task(
         server.post(EMBEDDINGS, content=body, headers={"content-type": JSON})
     )
-    assert 200 == (await server.get("/health")).status_code  # by now it is being looked at
+    assert 200 == (await server.get("/health")).status_code  # by now it is being scanned
 
     chat = await server.ask("llama", path=CHAT, more="x" * (20 << 10))
 
@@ -270,7 +270,7 @@ async def test_a_chat_does_not_wait_for_the_body_of_somebody_else(
 
 
 async def test_name_beyond_all_bounds_is_refused(server: Server) -> None:
-    """It is not taken for no name, and no message repeats it."""
+    """A name beyond every limit is refused; it is neither repeated in a message nor ignored."""
     answer = await server.post(EMBEDDINGS, json={"model": "x" * (1 << 20)})
 
     assert (400, "model") == (answer.status_code, answer.json()["error"]["param"])
@@ -278,7 +278,7 @@ async def test_name_beyond_all_bounds_is_refused(server: Server) -> None:
 
 
 async def test_form_reaches_its_application_in_pieces(server: Server) -> None:
-    """It parses each on the event loop; in between, others have their turn."""
+    """A form reaches its application in pieces, so others get turns while it is parsed."""
     pieces = 0
 
     async def upload(request: Request) -> Response:
@@ -311,7 +311,7 @@ async def test_request_without_a_body_goes_to_the_active_model(server: Server) -
 async def test_client_that_leaves_before_its_request_is_complete_is_forgotten(
     server: Server,
 ) -> None:
-    """Nothing is leased, nothing is answered."""
+    """A client that leaves before its request is complete causes no lease and no response."""
     stream = server.request("POST", CHAT)
     stream.say({"type": "http.request", "body": b'{"mod', "more_body": True})
     stream.say({"type": "http.disconnect"})
@@ -322,7 +322,7 @@ async def test_client_that_leaves_before_its_request_is_complete_is_forgotten(
     assert 0 == server.in_flight["llama"]
 
 
-# --- what a model is for --------------------------------------------------------------------
+# --- tasks of models ------------------------------------------------------------------------
 
 TASKS = {
     "llama": FakeSettings(tasks=("generate",)),
@@ -340,14 +340,14 @@ async def mixed(make_server: MakeServer) -> Server:
 
 @pytest.fixture
 async def silent(make_server: MakeServer) -> Server:
-    """The same, but classify's configuration does not say what it is for."""
+    """The same, but classify's configuration does not state its task."""
     settings = TASKS | {"classify": replace(TASKS["classify"], tells_tasks=False)}
     return await make_server(aliases=tuple(TASKS), load=("llama", "embed"), settings=settings)
 
 
 @pytest.mark.parametrize("alias", TASKS)
 async def test_every_task_is_served_by_its_model(mixed: Server, alias: str) -> None:
-    """One configuration, three tasks."""
+    """One configuration serves three tasks, each by its model."""
     await mixed.switch(alias)
 
     response = await mixed.ask(alias, path=ROUTES[alias])
@@ -358,7 +358,7 @@ async def test_every_task_is_served_by_its_model(mixed: Server, alias: str) -> N
 @pytest.mark.parametrize("alias", TASKS)
 @pytest.mark.parametrize("path", ROUTES.values())
 async def test_wrong_task_is_refused(mixed: Server, alias: str, path: str) -> None:
-    """Whoever is active: 404, unless the route is one of the model's task."""
+    """A route of another task gets 404 whichever model is active."""
     await mixed.switch("classify")
     await mixed.switch(alias)
 
@@ -370,7 +370,7 @@ async def test_wrong_task_is_refused(mixed: Server, alias: str, path: str) -> No
 
 
 async def test_wrong_task_is_refused_with_the_models_that_can(mixed: Server) -> None:
-    """The model, its tasks, and the aliases to ask instead."""
+    """The refusal of a task names the model, its tasks, and the aliases to use."""
     error = (await mixed.ask("embed", path=CHAT)).json()["error"]
 
     assert ("wrong_task", "model") == (error["code"], error["param"])
@@ -384,7 +384,7 @@ async def test_wrong_task_is_refused_with_the_models_that_can(mixed: Server) -> 
 async def test_task_of_a_model_that_was_never_loaded_is_known(
     make_server: MakeServer, mode: str, path: str
 ) -> None:
-    """From its configuration: it is refused at once, and nothing is loaded, moved or switched."""
+    """A model's task is known before a load: a wrong request is refused and moves nothing."""
     server = await make_server(
         mode=mode, aliases=tuple(TASKS), load=("llama", "embed"), settings=TASKS
     )
@@ -404,14 +404,14 @@ async def test_task_of_a_model_that_was_never_loaded_is_known(
 
 
 async def test_model_that_was_never_loaded_is_named_to_whoever_could_ask_it(mixed: Server) -> None:
-    """As one that is loaded."""
+    """A refusal names models that were never loaded if their configuration has the task."""
     error = (await mixed.ask("embed", path="/classify")).json()["error"]
 
     assert error["message"].endswith("(it serves embed); use classify")
 
 
 async def test_websocket_of_another_task_loads_nothing(make_server: MakeServer) -> None:
-    """It is refused in the handshake."""
+    """A WebSocket of another task is refused in the handshake, and loads nothing."""
     server = await make_server(
         mode="auto", aliases=tuple(TASKS), load=("llama", "embed"), settings=TASKS
     )
@@ -424,7 +424,7 @@ async def test_websocket_of_another_task_loads_nothing(make_server: MakeServer) 
 
 
 async def test_models_of_which_nothing_is_known_yet_are_named_as_such(silent: Server) -> None:
-    """Their configuration does not say what they are for."""
+    """Models whose configuration does not state their task are named as unknown."""
     error = (await silent.ask("embed", path=CHAT)).json()["error"]
 
     assert ("wrong_task", "model") == (error["code"], error["param"])
@@ -435,7 +435,7 @@ async def test_models_of_which_nothing_is_known_yet_are_named_as_such(silent: Se
 
 
 async def test_wrong_task_is_refused_before_anything_is_waited_for(mixed: Server) -> None:
-    """Neither that the model is not active nor a switch to it comes first."""
+    """A wrong task is refused first, before a check for the active model or a wait for a switch."""
     mixed.host.hold("activate", "embed")
     switch = mixed.switch("embed")
     await mixed.settled()
@@ -449,7 +449,7 @@ async def test_wrong_task_is_refused_before_anything_is_waited_for(mixed: Server
 
 
 async def test_request_without_a_model_for_another_task_is_refused(mixed: Server) -> None:
-    """The active model cannot answer it; the message says who could."""
+    """A request without `model` for a task that the active model lacks names those that have it."""
     response = await mixed.ask(None, path=EMBEDDINGS)
 
     assert (404, "wrong_task") == (response.status_code, code(response))
@@ -460,7 +460,7 @@ async def test_request_without_a_model_for_another_task_is_refused(mixed: Server
 async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(
     silent: Server,
 ) -> None:
-    """A request that waits for its first load is refused when its routes are known."""
+    """A request that waits for a model's first load is refused if its routes then lack it."""
     silent.host.hold("load", "classify")
     switch = silent.switch("classify")
     await silent.settled()
@@ -482,7 +482,7 @@ async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(
     ("method", "path"), [("GET", "/tokenizer_info"), ("POST", "/v1/audio/transcriptions")]
 )
 async def test_route_that_no_model_has_is_refused(mixed: Server, method: str, path: str) -> None:
-    """In OpenAI's form, not as a framework's bare 404; the message says that nobody has it."""
+    """A route that no model has gets OpenAI's 404 with that reason, not a framework's bare one."""
     await mixed.operate("classify", "load")
     answer = await mixed.request(method, path, b"").finish()
 
@@ -494,7 +494,7 @@ async def test_route_that_no_model_has_is_refused(mixed: Server, method: str, pa
 
 
 async def test_request_for_the_source_is_refused_while_it_drains(server: Server) -> None:
-    """503 with a time to retry; what runs is not disturbed."""
+    """While the source drains, its requests get 503 with a time to retry; running ones continue."""
     stream = await server.start_stream("llama")
     switch = server.switch("qwen")
     await server.settled()
@@ -508,7 +508,7 @@ async def test_request_for_the_source_is_refused_while_it_drains(server: Server)
 
 
 async def test_requests_for_the_target_are_served_in_order_of_arrival(server: Server) -> None:
-    """Held during the switch, then served by the new epoch, first come first served."""
+    """Requests for the target wait for the switch, then are served in order by the new epoch."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -544,7 +544,7 @@ async def test_stream_that_ends_in_time_is_whole(server: Server) -> None:
 async def test_client_that_does_not_read_cannot_keep_its_model(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its stream is cut; where not even the error can be sent, its connection is dropped."""
+    """A client that does not read is aborted; if no error can be sent, its connection closes."""
     monkeypatch.setattr("vllm_hotswap.exchange.LAST_SEND_S", 0.01)
     coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     coming.put_nowait({"type": "http.request", "body": b'{"model": "llama", "stream": true}'})
@@ -575,7 +575,7 @@ async def test_client_that_does_not_read_cannot_keep_its_model(
 async def test_stream_that_is_cut_ends_with_an_explicit_error(
     server: Server, drain_timeout: float
 ) -> None:
-    """After the deadline: an SSE error event, no `[DONE]`, and the answer ends properly."""
+    """After the deadline a stream ends with an SSE error event, no `[DONE]`, and a proper end."""
     stream = await server.start_stream("llama", words=20)
 
     switch = await server.switch("qwen", drain_timeout)
@@ -594,7 +594,7 @@ async def test_stream_that_is_cut_ends_with_an_explicit_error(
 async def test_request_that_is_cut_before_its_first_byte_gets_503(
     server: Server, path: str
 ) -> None:
-    """Nothing has been sent, so the status can still tell."""
+    """A request aborted before its first byte gets 503."""
     server.host.hold("step", "llama")
     call = server.ask("llama", path=path)
     await server.settled()
@@ -607,7 +607,7 @@ async def test_request_that_is_cut_before_its_first_byte_gets_503(
 
 
 async def test_engine_does_not_go_on_with_a_request_that_was_cut(server: Server) -> None:
-    """What was cut is ended in the engine as well, streamed or not."""
+    """An aborted request is aborted in the engine as well, streamed or not."""
     server.host.hold("step", "llama")
     call, reading = server.ask("llama"), asyncio.create_task(server.stream("llama").finish())
     await server.settled()
@@ -629,7 +629,7 @@ async def test_engine_does_not_go_on_with_a_request_that_was_cut(server: Server)
 async def test_cut_stream_speaks_the_dialect_of_its_route(
     server: Server, path: str, expected: dict[str, Any]
 ) -> None:
-    """Anthropic's and the Responses API's clients get an event named `error` that they know."""
+    """Anthropic's and the Responses API's aborted streams end with the `error` event they know."""
 
     async def endpoint(request: Request) -> Response:
         engine = server.host.engines["llama"]
@@ -649,7 +649,7 @@ async def test_cut_stream_speaks_the_dialect_of_its_route(
 
 
 async def test_cut_answer_that_is_no_event_stream_is_broken_off(server: Server) -> None:
-    """Audio has no place for an error: the connection is closed before the answer is complete."""
+    """An aborted audio response has no place for an error: its connection closes before the end."""
 
     async def endpoint(request: Request) -> Response:
         engine = server.host.engines["llama"]
@@ -666,20 +666,20 @@ async def test_cut_answer_that_is_no_event_stream_is_broken_off(server: Server) 
 
 
 async def deaf(request: Request) -> Response:
-    """Does not listen, and must be cancelled."""
+    """An application that ignores the disconnect, and must be cancelled."""
     await asyncio.Event().wait()
     raise AssertionError
 
 
 async def excusing(request: Request) -> Response:
-    """Makes an answer of its own out of its cancellation, as some routes of vLLM do."""
+    """An application that answers its cancellation, as some routes of vLLM do."""
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.Event().wait()
     return PlainTextResponse("Client disconnected", 400)
 
 
 async def raising(request: Request) -> Response:
-    """Makes another error out of its cancellation."""
+    """An application that raises another error on its cancellation."""
     try:
         await asyncio.Event().wait()
     finally:
@@ -692,7 +692,7 @@ async def test_application_cannot_hide_that_it_was_cut(
     endpoint: Callable[[Request], Awaitable[Response]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever an application makes of its end, the client gets the reason, and the lease ends."""
+    """However an application reacts to an abort, the client gets the reason, and the lease ends."""
     monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 0.01)
     add_route(server, "/pooling", endpoint)
     call = server.ask("llama", path="/pooling")
@@ -707,7 +707,7 @@ async def test_application_cannot_hide_that_it_was_cut(
 async def test_answer_that_is_complete_is_not_touched(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Work that an application does after its answer may be cut; the answer may not."""
+    """A complete response is not changed if the application's work after it is aborted."""
     monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 0.01)
 
     async def endpoint(request: Request) -> Response:
@@ -723,7 +723,7 @@ async def test_answer_that_is_complete_is_not_touched(
 
 
 async def test_error_of_ours_after_the_first_byte_breaks_the_answer_off(server: Server) -> None:
-    """A second answer on top of the first one would be none."""
+    """Our error after the first byte closes the connection: a second response would be invalid."""
 
     async def words() -> AsyncIterator[str]:
         yield "first"
@@ -744,7 +744,7 @@ async def test_error_of_ours_after_the_first_byte_breaks_the_answer_off(server: 
 async def test_stream_is_cut_at_once_whoever_listened_before_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM's routes listen until they begin to answer, and stop a moment after that."""
+    """A stream is aborted at once, although vLLM's routes stop listening before it starts."""
     monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 1000)
 
     async def listen(request: Request) -> None:
@@ -771,7 +771,7 @@ async def test_stream_is_cut_at_once_whoever_listened_before_it(
 
 
 async def test_application_that_fails_by_itself_fails_as_ever(server: Server) -> None:
-    """It has given its answer; the HTTP server gets the error, and logs it."""
+    """An application that fails has answered by itself; the HTTP server gets and logs the error."""
 
     async def endpoint(request: Request) -> Response:
         raise RuntimeError("bug")
@@ -784,7 +784,7 @@ async def test_application_that_fails_by_itself_fails_as_ever(server: Server) ->
 
 
 async def buggy_stream(request: Request) -> Response:
-    """Fails in the middle of its event stream."""
+    """Fail in the middle of an event stream."""
 
     async def events() -> AsyncIterator[bytes]:
         yield b'data: "one"\n\n'
@@ -794,7 +794,7 @@ async def buggy_stream(request: Request) -> Response:
 
 
 async def buggy_body(request: Request) -> Response:
-    """Fails in the middle of an answer that has no room for an error."""
+    """Fail in the middle of a response that has no room for an error."""
 
     async def pieces() -> AsyncIterator[bytes]:
         yield b"one"
@@ -804,7 +804,7 @@ async def buggy_body(request: Request) -> Response:
 
 
 def mistaken(*_: object) -> None:
-    """A mistake of ours that nobody has thought of."""
+    """Raise an error of ours that no code handles."""
     raise ZeroDivisionError("unforeseen")
 
 
@@ -812,7 +812,7 @@ def mistaken(*_: object) -> None:
 async def test_unforeseen_error_is_answered_with_the_error_object(
     server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    """With or without a lease: it is logged once, told without details, and holds nothing."""
+    """An unforeseen error is logged once, has no details, and ends any lease."""
     with monkeypatch.context() as patch:
         patch.setattr(f"vllm_hotswap.{place}", mistaken)
         response = await server.ask("llama")
@@ -826,7 +826,7 @@ async def test_unforeseen_error_is_answered_with_the_error_object(
 
 
 async def test_unforeseen_error_in_an_event_stream_is_its_last_event(server: Server) -> None:
-    """A client can tell it from the end of the stream."""
+    """An unforeseen error in an event stream is its last event, unlike a normal end."""
     add_route(server, "/pooling", buggy_stream)
 
     answer = await server.stream("llama", path="/pooling").finish()
@@ -838,12 +838,12 @@ async def test_unforeseen_error_in_an_event_stream_is_its_last_event(server: Ser
 
 
 async def refuses_and_raises(_: Request) -> Response:
-    """As Starlette answers an error for which a handler of all errors is set: it is raised on."""
+    """Return a refusal that Starlette also raises, as with a handler of all errors."""
     return Refusing({"error": {"message": "a mistake", "code": 400}}, 400)
 
 
 class Refusing(JSONResponse):
-    """Raises once it has been sent."""
+    """A response that raises once it has been sent."""
 
     async def __call__(self, *given: Any) -> None:
         await super().__call__(*given)
@@ -851,7 +851,7 @@ class Refusing(JSONResponse):
 
 
 async def test_a_refusal_that_is_raised_on_is_the_answer(server: Server) -> None:
-    """It is not told as an error of the server's."""
+    """A refusal that is also raised is the response, and is not reported as a server error."""
     add_route(server, "/pooling", refuses_and_raises)
 
     answer = await server.stream("llama", path="/pooling").finish()
@@ -862,7 +862,7 @@ async def test_a_refusal_that_is_raised_on_is_the_answer(server: Server) -> None
 
 
 async def test_unforeseen_error_in_any_other_answer_closes_the_connection(server: Server) -> None:
-    """There is no place in it for an error."""
+    """An unforeseen error in any other response closes its connection: no error fits in there."""
     add_route(server, "/pooling", buggy_body)
 
     answer = await server.stream("llama", path="/pooling").finish()
@@ -882,7 +882,7 @@ async def test_unforeseen_error_in_any_other_answer_closes_the_connection(server
     ],
 )
 async def test_half_of_a_surrogate_pair_is_refused(server: Server, body: dict[str, Any]) -> None:
-    """In whatever text, before anything is done for the request; the message shows the half."""
+    """Half of a surrogate pair in any text is refused before any work; the message shows it."""
     raw = json.dumps({"model": "llama", **body})  # which writes it as JavaScript does
     response = await server.post(CHAT, content=raw, headers={"content-type": JSON})
 
@@ -893,7 +893,7 @@ async def test_half_of_a_surrogate_pair_is_refused(server: Server, body: dict[st
 
 
 async def test_a_boundary_that_cannot_be_one_is_left_to_the_application(server: Server) -> None:
-    """The router finds no model in such a form, and does not fail."""
+    """A form with an impossible boundary is left to the application; the router does not fail."""
     kind = {"content-type": f"multipart/form-data; boundary={'b' * 257}"}
 
     response = await server.post(AUDIO, content=b"--b--", headers=kind)
@@ -903,7 +903,7 @@ async def test_a_boundary_that_cannot_be_one_is_left_to_the_application(server: 
 
 
 async def test_held_request_of_a_full_queue_is_refused(make_server: MakeServer) -> None:
-    """429 with a time to retry."""
+    """A request beyond a full queue gets 429 with a time to retry."""
     server = await make_server(max_waiting=0)
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
@@ -918,7 +918,7 @@ async def test_held_request_of_a_full_queue_is_refused(make_server: MakeServer) 
 
 
 async def test_request_that_waits_too_long_is_told(make_server: MakeServer) -> None:
-    """504 after `wait_timeout`; the switch goes on."""
+    """A request that waits too long gets 504 after `wait_timeout`; the switch continues."""
     server = await make_server(wait_timeout=0.01)
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
@@ -931,7 +931,7 @@ async def test_request_that_waits_too_long_is_told(make_server: MakeServer) -> N
 
 
 async def test_failed_switch_is_told_to_everyone_who_waited(server: Server) -> None:
-    """503 with the cause, for the caller and for held requests; the source is still active."""
+    """A failed switch gives its caller and held requests 503 with the cause; the source stays."""
     server.host.hold("load", "mistral")
     server.host.fail_next("load", "mistral")
     switch = server.switch("mistral")
@@ -948,14 +948,14 @@ async def test_failed_switch_is_told_to_everyone_who_waited(server: Server) -> N
 
 
 async def test_first_switch_to_a_cold_model_serves_it(server: Server) -> None:
-    """Nobody has to load it first."""
+    """A switch to a cold model loads it and serves it."""
     await server.switch("mistral")
 
     assert WORDS.format("mistral") == text(await server.ask("mistral"))
 
 
 async def test_engines_are_never_stepped_while_they_are_parked(server: Server) -> None:
-    """With clients on both sides of several switches, a parked engine makes not one word."""
+    """With clients on both sides of several switches, a parked engine generates nothing."""
     early = [await server.start_stream("llama"), await server.start_stream(None)]
     to_qwen = server.switch("qwen")
     await server.settled()
@@ -975,7 +975,7 @@ async def test_engines_are_never_stepped_while_they_are_parked(server: Server) -
 
 
 async def test_client_that_leaves_its_stream_frees_the_model(server: Server) -> None:
-    """The lease ends with the connection, and the engine stops working on it."""
+    """When a client leaves its stream, the lease ends and the engine stops working on it."""
     server.host.hold("step", "llama")
     stream = server.stream("llama")
     reading = asyncio.create_task(stream.finish())
@@ -990,7 +990,7 @@ async def test_client_that_leaves_its_stream_frees_the_model(server: Server) -> 
 
 
 async def test_client_that_leaves_before_the_answer_frees_the_model(server: Server) -> None:
-    """The same for an answer in one piece."""
+    """When a client leaves before a response in one piece, the same is freed."""
     server.host.hold("step", "llama")
     stream = server.request("POST", CHAT, b'{"model": "llama"}')
     await server.settled()
@@ -1003,7 +1003,7 @@ async def test_client_that_leaves_before_the_answer_frees_the_model(server: Serv
 
 
 async def test_client_that_leaves_lets_a_drain_end(server: Server) -> None:
-    """A switch does not wait for somebody who is gone."""
+    """A drain does not wait for a client that has left."""
     stream = await server.start_stream("llama", words=1000)
     switch = server.switch("qwen")
     await server.settled()
@@ -1014,7 +1014,7 @@ async def test_client_that_leaves_lets_a_drain_end(server: Server) -> None:
 
 
 async def test_request_that_is_cancelled_frees_the_model(server: Server) -> None:
-    """A connection that the HTTP server gives up leaves no lease."""
+    """A request cancelled by the HTTP server leaves no lease."""
     stream = await server.start_stream("llama")
 
     stream.task.cancel()
@@ -1025,7 +1025,7 @@ async def test_request_that_is_cancelled_frees_the_model(server: Server) -> None
 
 
 async def test_held_request_whose_client_leaves_is_given_up(make_server: MakeServer) -> None:
-    """It keeps no place in the queue, and no model works for it."""
+    """A held request whose client leaves keeps no place in the queue, and no model works for it."""
     server = await make_server(max_waiting=1)
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
@@ -1048,7 +1048,7 @@ async def test_held_request_whose_client_leaves_is_given_up(make_server: MakeSer
 async def test_client_that_leaves_in_the_turn_of_its_admission_frees_the_model(
     server: Server,
 ) -> None:
-    """Whichever of the two is noticed first, nothing is left behind."""
+    """A client that leaves in the turn of its admission leaves nothing, whichever comes first."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -1065,7 +1065,7 @@ async def test_client_that_leaves_in_the_turn_of_its_admission_frees_the_model(
 
 
 async def test_held_request_that_is_cancelled_is_cancelled(server: Server) -> None:
-    """A connection that the HTTP server gives up is not taken for a client that left."""
+    """A held request that the HTTP server cancels is cancelled, not treated as a disconnect."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -1082,7 +1082,7 @@ async def test_held_request_that_is_cancelled_is_cancelled(server: Server) -> No
 
 
 async def test_request_that_is_admitted_at_once_makes_no_task(server: Server) -> None:
-    """Only a request that waits is watched for its client's leaving; the others lose no time."""
+    """A request that is admitted at once makes no task: only waiting ones watch their client."""
     made: list[str] = []
 
     def factory(loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> asyncio.Task[Any]:
@@ -1100,7 +1100,7 @@ async def test_request_that_is_admitted_at_once_makes_no_task(server: Server) ->
 
 
 async def test_death_of_the_host_ends_every_open_request_explicitly(server: Server) -> None:
-    """Streams get an error event, other requests 503; later ones 503 with a time to retry."""
+    """When the host dies, streams get an error event and others 503; later ones a time to retry."""
     stream = await server.start_stream("llama", words=1000)
     server.host.hold("step", "llama")
     server.host.hold("restart", "")
@@ -1119,7 +1119,7 @@ async def test_death_of_the_host_ends_every_open_request_explicitly(server: Serv
 
 
 async def test_death_of_the_host_fails_held_requests_explicitly(server: Server) -> None:
-    """Nobody waits for a switch that cannot end."""
+    """When the host dies, held requests fail: none waits for a switch that cannot end."""
     server.host.hold("activate", "qwen")
     switch = server.switch("qwen")
     await server.settled()
@@ -1134,7 +1134,7 @@ async def test_death_of_the_host_fails_held_requests_explicitly(server: Server) 
 
 
 async def test_death_of_one_engine_leaves_the_others_serving(server: Server) -> None:
-    """Requests of the dead one fail explicitly; another model is switched to and serves."""
+    """When an engine dies its requests fail explicitly; another model can be switched to."""
     stream = await server.start_stream("llama", words=1000)
 
     server.host.kill_engine("llama")
@@ -1146,7 +1146,7 @@ async def test_death_of_one_engine_leaves_the_others_serving(server: Server) -> 
 
 
 async def test_shutdown_ends_requests_explicitly(server: Server) -> None:
-    """Running ones, held ones and the switch itself are told that the server stops."""
+    """A shutdown ends running and held requests, and the switch, with the reason."""
     server.host.hold("load", "mistral")
     switch = server.switch("mistral")
     await server.settled()
@@ -1161,7 +1161,7 @@ async def test_shutdown_ends_requests_explicitly(server: Server) -> None:
 
 
 async def test_shutdown_ends_a_stream_with_an_error_event(server: Server) -> None:
-    """A stream that would run on is cut, not dropped."""
+    """A shutdown ends a running stream with an error event."""
     stream = await server.start_stream("llama", words=1000)
 
     await server.coordinator.shut_down(0)
@@ -1176,7 +1176,7 @@ async def test_shutdown_ends_a_stream_with_an_error_event(server: Server) -> Non
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_client_that_takes_nothing_is_let_go(streamed: bool) -> None:
-    """In twice `limits.client_timeout`, and the time that a cut request has to end."""
+    """A client that reads nothing is disconnected after twice `client_timeout` plus an abort."""
     with contextlib.closing(World(Shape(client_timeout=20))) as world:
         ask = world.ask("llama", words=3, streamed=streamed)
         world.let_pass(2)
@@ -1191,7 +1191,7 @@ def test_client_that_takes_nothing_is_let_go(streamed: bool) -> None:
 
 
 def test_client_that_takes_its_time_is_not_let_go() -> None:
-    """What counts is that it takes something now and then."""
+    """A client that reads something now and then is not disconnected."""
     with contextlib.closing(World(Shape(client_timeout=20))) as world:
         ask = world.ask("llama", words=5)
         for _ in range(8):
@@ -1206,7 +1206,7 @@ def test_client_that_takes_its_time_is_not_let_go() -> None:
 
 
 def test_stream_that_is_parked_again_gets_as_many_comments_as_before() -> None:
-    """One now and one every ten seconds, however often it has been parked."""
+    """A parked stream gets a comment at once and every ten seconds, however often it is parked."""
     with contextlib.closing(World(Shape())) as world:
         ask = world.ask("llama", words=20)
         for alias in ("qwen", "llama", "qwen"):

@@ -20,7 +20,7 @@ KNOWN = frozenset(["model", "messages", "temperature", "top_p"])
 
 
 def test_a_default_fills_what_the_client_leaves_out() -> None:
-    """And nothing else: null is a value."""
+    """A default replaces only a missing parameter: null is a value."""
     policy = SamplingPolicy(defaults={"temperature": 0.2, "top_p": 0.9})
 
     assert {"temperature": 1, "top_p": 0.9} == policy.apply({"temperature": 1}, None)
@@ -28,21 +28,21 @@ def test_a_default_fills_what_the_client_leaves_out() -> None:
 
 
 def test_what_is_forced_counts_whatever_the_client_sends() -> None:
-    """More than defaults, too."""
+    """A forced value wins over the client's and over defaults."""
     policy = SamplingPolicy(defaults={"seed": 1}, force={"seed": 2, "temperature": 0})
 
     assert {"seed": 2, "temperature": 0, "n": 3} == policy.apply({"temperature": 1, "n": 3}, None)
 
 
 def test_what_is_dropped_may_still_have_a_default() -> None:
-    """Then the client's value never counts."""
+    """A dropped parameter ignores the client's value, but may have a default."""
     policy = SamplingPolicy(defaults={"seed": 1}, drop=["seed", "logit_bias"])
 
     assert {"seed": 1} == policy.apply({"seed": 5, "logit_bias": {}}, None)
 
 
 def test_unsupported_parameters_are_dropped_when_asked() -> None:
-    """What the route does not know; where nobody knows the route, everything stays."""
+    """Parameters that the route does not know are dropped on demand; an unknown route keeps all."""
     body = {"temperature": 1, "best_of": 3}
 
     assert {"temperature": 1} == SamplingPolicy(drop_unsupported=True).apply(body, KNOWN)
@@ -52,7 +52,7 @@ def test_unsupported_parameters_are_dropped_when_asked() -> None:
 
 @pytest.mark.parametrize("given", [{"defaults": {"messages": []}}, {"drop": ["model"]}])
 def test_what_a_request_is_about_is_no_sampling_parameter(given: dict[str, Any]) -> None:
-    """It can be neither set nor dropped."""
+    """The content of a request can be neither set nor dropped as a sampling parameter."""
     with pytest.raises(ValidationError, match="is not a sampling parameter"):
         SamplingPolicy(**given)
 
@@ -61,7 +61,7 @@ def test_what_a_request_is_about_is_no_sampling_parameter(given: dict[str, Any])
     ("given", "is_empty"), [({}, True), ({"drop": ["seed"]}, False), ({"force": {"n": 1}}, False)]
 )
 def test_a_policy_without_rules_is_empty(given: dict[str, Any], is_empty: bool) -> None:
-    """Then no request is looked at."""
+    """Without rules a policy is empty, and no request is inspected."""
     assert is_empty is SamplingPolicy(**given).is_empty
 
 
@@ -72,7 +72,7 @@ async def echo(request: Request) -> Response:
 
 
 async def ask(path: str, content: bytes, **policy: Any) -> str:
-    """What an application behind the filter is given."""
+    """Return what an application behind the filter gets."""
     app = Starlette(routes=[Route("/{path:path}", echo, methods=["POST"])])
     behind = SamplingFilter(app, SamplingPolicy(**policy), {CHAT: KNOWN})
     async with httpx.AsyncClient(transport=httpx.ASGITransport(behind), base_url="http://x") as c:
@@ -80,7 +80,7 @@ async def ask(path: str, content: bytes, **policy: Any) -> str:
 
 
 async def test_generating_requests_are_rewritten() -> None:
-    """With the length that they then have."""
+    """Generating requests are rewritten, with their new length."""
     sent = json.dumps({"model": "a", "temperature": 1, "speed": 5}).encode()
 
     got = await ask(CHAT, sent, force={"temperature": 0}, drop_unsupported=True)
@@ -90,18 +90,18 @@ async def test_generating_requests_are_rewritten() -> None:
 
 @pytest.mark.parametrize("sent", ["not JSON", "[1, 2]", "", '"text"'])
 async def test_what_is_no_json_object_passes_as_it_is(sent: str) -> None:
-    """vLLM refuses it."""
+    """A body that is not a JSON object passes unchanged, for vLLM to refuse."""
     assert sent == await ask(CHAT, sent.encode(), force={"temperature": 0})
 
 
 async def test_other_routes_are_left_alone() -> None:
-    """An embedding has no temperature."""
+    """Other routes are left alone: an embedding has no temperature."""
     assert "{}" == await ask("/v1/embeddings", b"{}", force={"temperature": 0})
 
 
 @pytest.mark.parametrize("sent", ["max_tokens", "max_completion_tokens", "max_output_tokens"])
 def test_the_limit_of_tokens_is_one_parameter_with_several_names(sent: str) -> None:
-    """Forced under one name, no other one undoes it; a default counts only if all are absent."""
+    """The token limit's names are one: a forced one wins, a default needs all to be absent."""
     forced = SamplingPolicy(force={"max_tokens": 2})
     default = SamplingPolicy(defaults={"max_completion_tokens": 3})
 
@@ -112,7 +112,7 @@ def test_the_limit_of_tokens_is_one_parameter_with_several_names(sent: str) -> N
 
 
 async def test_a_body_too_deep_for_json_passes_as_it_is() -> None:
-    """vLLM refuses it."""
+    """A body that is too deep for JSON passes unchanged, for vLLM to refuse."""
     sent = "[" * 100_000
 
     assert sent == await ask(CHAT, sent.encode(), force={"temperature": 0})

@@ -1,4 +1,4 @@
-"""Queues, admission, and what a snapshot says of them."""
+"""Queues, admission, and what a snapshot says about them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_hotswap.states import Residency
 
 
 class Told:
-    """A policy that does what it is told."""
+    """A policy that returns what the test sets."""
 
     def __init__(self) -> None:
         self.decision: Decision = ServeOn()
@@ -35,7 +35,7 @@ def enter(scheduler: Scheduler, alias: str, now_s: float, **terms: float) -> Tic
 
 
 def test_a_request_for_the_active_model_is_admitted_at_once() -> None:
-    """Where nobody else waits, and no switch is under way."""
+    """A request for the active model is admitted at once if no other waits and no switch runs."""
     scheduler = make()
 
     assert scheduler.enter(scheduler.ticket("a", 1.0), 1.0)
@@ -46,7 +46,7 @@ def test_a_request_for_the_active_model_is_admitted_at_once() -> None:
 
 
 def test_a_request_has_the_terms_of_its_model_or_its_own() -> None:
-    """Priority, and how long it may wait."""
+    """A request's priority and maximum wait are its own, or else its model's."""
     scheduler = make()
     plain = scheduler.ticket("a", 5.0)
     special = scheduler.ticket("a", 5.0, RequestTerms(priority=7, max_wait_s=0.5))
@@ -56,7 +56,7 @@ def test_a_request_has_the_terms_of_its_model_or_its_own() -> None:
 
 
 def test_a_snapshot_says_who_waits() -> None:
-    """How many, since when, until when, how urgent, and what the switch costs."""
+    """A snapshot has the waiting requests, their times and urgency, and the switch's cost."""
     scheduler = make()
     enter(scheduler, "b", 2.0, max_wait_s=9.0).tokens = 0
     enter(scheduler, "b", 4.0, priority=5)
@@ -69,7 +69,7 @@ def test_a_snapshot_says_who_waits() -> None:
 
 
 def test_who_leaves_is_not_waited_for() -> None:
-    """Nor counted; what it was due is forgotten."""
+    """A request that leaves is neither counted nor waited for, and its due time is forgotten."""
     scheduler = make()
     first, second = enter(scheduler, "b", 2.0, max_wait_s=1.0), enter(scheduler, "b", 4.0)
 
@@ -82,7 +82,7 @@ def test_who_leaves_is_not_waited_for() -> None:
 
 
 def test_requests_keep_their_order_though_one_took_longer_to_come() -> None:
-    """Their places are given out when they arrive, and taken when they are validated."""
+    """Requests keep their order of arrival, even if one took longer to validate."""
     scheduler = make()
     tickets = [scheduler.ticket("b", float(number)) for number in range(4)]
     for place in (1, 3, 0, 2):
@@ -92,7 +92,7 @@ def test_requests_keep_their_order_though_one_took_longer_to_come() -> None:
 
 
 def test_what_a_request_takes_is_remembered() -> None:
-    """Newer ones count for a part."""
+    """Service times are remembered; a newer one counts for a part."""
     scheduler = make()
     for took_s in (2.0, 4.0):
         ticket = enter(scheduler, "a", 10.0)
@@ -102,7 +102,7 @@ def test_what_a_request_takes_is_remembered() -> None:
 
 
 def test_how_long_a_connection_was_open_is_not_what_a_request_takes() -> None:
-    """It ends all the same."""
+    """The open time of a connection is not taken as a request's service time."""
     scheduler = make()
     scheduler.leave(enter(scheduler, "a", 10.0), 12.0)
     scheduler.leave(enter(scheduler, "a", 12.0), 3612.0, counts=False)
@@ -112,7 +112,7 @@ def test_how_long_a_connection_was_open_is_not_what_a_request_takes() -> None:
 
 
 def test_a_model_serves_at_least_the_request_that_it_was_switched_to_for() -> None:
-    """Though the policy would go on to the next one."""
+    """After a switch, the request that caused it is served, even if the policy would switch on."""
     policy = Told()
     scheduler = make(policy)
     first, second = enter(scheduler, "b", 1.0), enter(scheduler, "b", 2.0)
@@ -124,7 +124,7 @@ def test_a_model_serves_at_least_the_request_that_it_was_switched_to_for() -> No
 
 
 def test_a_model_serves_all_who_are_due_and_who_came_before_them() -> None:
-    """Order is kept: the first one is not due."""
+    """Due requests are admitted with all that came before them, even if the first is not due."""
     policy = Told()
     scheduler = make(policy)
     early = enter(scheduler, "b", 1.0, max_wait_s=90.0)
@@ -138,7 +138,7 @@ def test_a_model_serves_all_who_are_due_and_who_came_before_them() -> None:
 
 
 def test_requests_that_a_policy_holds_back_are_admitted_when_they_are_due() -> None:
-    """The policy is not asked again before."""
+    """Requests that a policy holds back are admitted when due, without asking it before."""
     policy = Told()
     policy.decision = ServeOn(before=0)
     scheduler = make(policy)
@@ -151,7 +151,7 @@ def test_requests_that_a_policy_holds_back_are_admitted_when_they_are_due() -> N
 
 
 def test_parked_requests_wait_anew_and_go_on_first() -> None:
-    """With the time that they may wait, from now on; what they were due before is forgotten."""
+    """Parked requests get a new time to wait and go first; their old due time is forgotten."""
     scheduler = make()
     enter(scheduler, "b", 0.0)
     old = enter(scheduler, "a", 1.0)
@@ -168,7 +168,7 @@ def test_parked_requests_wait_anew_and_go_on_first() -> None:
 
 
 def test_a_drain_ends_when_whoever_waits_is_due() -> None:
-    """Who came before it or comes meanwhile, for whatever model; but not for a model that fails."""
+    """A drain ends when any waiting request is due, except one for a model that fails."""
     scheduler = make()
     switch = SwitchTo("b", park_from_s=1.0)
     first = enter(scheduler, "b", 2.0, max_wait_s=30.0)
@@ -184,7 +184,7 @@ def test_a_drain_ends_when_whoever_waits_is_due() -> None:
 
 
 def test_a_parked_request_is_due_before_it_would_be_ended() -> None:
-    """However long it may wait."""
+    """A parked request is due before its park time ends, however long it may wait."""
     scheduler = make()
     patient = enter(scheduler, "a", 1.0, max_wait_s=NEVER)
 
@@ -195,7 +195,7 @@ def test_a_parked_request_is_due_before_it_would_be_ended() -> None:
 
 
 def test_a_request_may_be_parked_twice_at_the_same_moment_of_being_due() -> None:
-    """Entries of the same time and order do not need to be told apart."""
+    """A request may be parked twice with the same due time; equal entries need no order."""
     scheduler = make()
     ticket = enter(scheduler, "a", 1.0, max_wait_s=NEVER)
     for now_s in (2.0, 3.0):
@@ -206,7 +206,7 @@ def test_a_request_may_be_parked_twice_at_the_same_moment_of_being_due() -> None
 
 
 def test_without_an_active_model_everybody_waits() -> None:
-    """And a switch costs what it costs from none."""
+    """Without an active model all requests wait, and a switch has its cost from none."""
     scheduler = make(active=None)
     enter(scheduler, "a", 1.0)
     seen = scheduler.snapshot(2.0)
@@ -219,7 +219,7 @@ def test_without_an_active_model_everybody_waits() -> None:
 
 
 def test_a_model_that_is_held_for_a_job_is_told() -> None:
-    """In the snapshot."""
+    """A snapshot shows a model that is held for a job."""
     scheduler = make()
     scheduler.leased_until_s = 50.0
     seen = scheduler.snapshot(1.0)
@@ -229,7 +229,7 @@ def test_a_model_that_is_held_for_a_job_is_told() -> None:
 
 
 def test_costs_are_those_of_the_pair_or_else_of_the_target() -> None:
-    """By where the target lies; newer ones count for a part."""
+    """Costs are the pair's, else the target's, by its residency; newer ones count for a part."""
     costs = SwitchCosts()
     assert 9.0 == costs.estimate("a", "b", Residency.COLD, 9.0)
 

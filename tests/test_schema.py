@@ -36,7 +36,7 @@ def mistakes(text: str, made: dict[str, Any] | None = None) -> list[str]:
 
 
 def test_it_is_a_schema() -> None:
-    """Of the dialect that it names, with and without vLLM's flags."""
+    """The schema is valid in its dialect, with and without vLLM's flags."""
     jsonschema.Draft7Validator.check_schema(schema())
     jsonschema.Draft7Validator.check_schema(json_schema())
 
@@ -59,7 +59,7 @@ def test_it_is_a_schema() -> None:
     ],
 )
 def test_what_the_server_accepts_is_accepted(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the schema, too."""
+    """The schema accepts what the server accepts."""
     monkeypatch.setenv("M", "org/model")
     monkeypatch.setenv("K", "key")
     parse_config(yaml.safe_load(text), Path("models.yaml"))
@@ -86,7 +86,7 @@ def test_what_the_server_accepts_is_accepted(text: str, monkeypatch: pytest.Monk
     ],
 )
 def test_what_the_server_refuses_is_refused(text: str) -> None:
-    """An editor shows it while it is written."""
+    """The schema refuses what the server refuses, so an editor shows it."""
     with pytest.raises(ConfigError):
         parse_config(yaml.safe_load(text), Path("models.yaml"))
 
@@ -102,13 +102,13 @@ def test_what_the_server_refuses_is_refused(text: str) -> None:
     ],
 )
 def test_flags_of_vllm_are_known(text: str) -> None:
-    """By name, and as far as argparse tells, by value; without vLLM, every key passes."""
+    """vLLM's flags are known by name, and by value as far as argparse tells; else all keys pass."""
     assert [] != mistakes(text)
     assert [] == mistakes(text, json_schema())
 
 
 def test_every_setting_is_described() -> None:
-    """What an editor shows beside it."""
+    """Every setting has a description for editors."""
     definitions = schema()["$defs"]
 
     assert {f.name for f in ModelKeys.__dataclass_fields__.values()} <= set(  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ def test_every_setting_is_described() -> None:
 
 
 def test_the_demo_comes_with_its_schema(tmp_path: Path) -> None:
-    """An editor finds it by the first line of the YAML file; the file is what it asks for."""
+    """An editor finds the demo's schema by the first line of the YAML file."""
     text = write(tmp_path).read_text()
     name = text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
 

@@ -1,4 +1,4 @@
-"""What gloo listens on is closed once its members have met; what others listen on is not."""
+"""gloo's listening sockets are closed once its members have met; other sockets are not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is no /pr
 
 
 class Listening:
-    """What a group of gloo has: a socket that listens, watched by an epoll instance of its own."""
+    """A stand-in for a gloo group: a listening socket watched by an epoll instance of its own."""
 
     def __init__(self) -> None:
         self.sock = socket.create_server(("127.0.0.1", 0))
@@ -53,7 +53,7 @@ def group(before: frozenset[OpenFile]) -> Iterator[Listening]:
 def test_nobody_can_connect_to_a_sealed_group(
     before: frozenset[OpenFile], group: Listening
 ) -> None:
-    """The port is free again, although the descriptor stays."""
+    """A sealed group accepts no connection and its port is free, although its descriptor stays."""
     assert 1 == seal(before, is_alone=True)
 
     with pytest.raises(ConnectionRefusedError):
@@ -63,7 +63,7 @@ def test_nobody_can_connect_to_a_sealed_group(
 
 
 def test_a_sealed_group_notices_nothing(before: frozenset[OpenFile], group: Listening) -> None:
-    """Its thread, at work meanwhile, finds nobody there; its end takes the descriptor away."""
+    """A sealed group's thread finds no connection, and its end closes the descriptor."""
     seal(before, is_alone=True)
 
     with pytest.raises(BlockingIOError):
@@ -73,13 +73,13 @@ def test_a_sealed_group_notices_nothing(before: frozenset[OpenFile], group: List
 
 
 def _accept(fd: int) -> None:
-    """As gloo does: by its number, whatever is behind it now."""
+    """Accept as gloo does: by number, whatever the descriptor is now."""
     with socket.socket(fileno=os.dup(fd)) as sock:
         sock.accept()
 
 
 def test_many_groups_are_sealed(before: frozenset[OpenFile]) -> None:
-    """There is one door for all of them."""
+    """Many groups are sealed, with one replacement socket for all."""
     groups = [Listening() for _ in range(3)]
 
     assert 3 == seal(before, is_alone=True)
@@ -91,7 +91,7 @@ def test_many_groups_are_sealed(before: frozenset[OpenFile]) -> None:
 def test_a_connection_of_the_meantime_is_ended(
     before: frozenset[OpenFile], group: Listening
 ) -> None:
-    """Whoever connects while a group is made is not kept."""
+    """A connection made while a group is created is closed."""
     with socket.create_connection(group.address) as client:
         accepted, _ = group.sock.accept()
         seal(before, is_alone=True)
@@ -103,7 +103,7 @@ def test_a_connection_of_the_meantime_is_ended(
 def test_connections_of_this_user_stay_among_members(
     before: frozenset[OpenFile], group: Listening
 ) -> None:
-    """Where a group has other members, they are those who have connected."""
+    """In a group with other members, connections of this user stay."""
     with socket.create_connection(group.address) as client:
         accepted, _ = group.sock.accept()
         seal(before, is_alone=False)
@@ -114,14 +114,14 @@ def test_connections_of_this_user_stay_among_members(
 
 
 def test_what_listened_before_goes_on(before: frozenset[OpenFile], group: Listening) -> None:
-    """Also what is watched by an old epoll instance, or by none."""
+    """A socket that listened before still listens, watched by an old epoll instance or by none."""
     seal(open_files(), is_alone=True)
 
     socket.create_connection(group.address).close()
 
 
 def test_what_nobody_watches_goes_on(before: frozenset[OpenFile]) -> None:
-    """A port that is opened in the meantime by somebody else is not gloo's."""
+    """An unwatched port that another program opened in the meantime still listens."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         assert 0 == seal(before, is_alone=True)
         socket.create_connection(other.getsockname()).close()
@@ -130,7 +130,7 @@ def test_what_nobody_watches_goes_on(before: frozenset[OpenFile]) -> None:
 def test_without_proc_nothing_is_done(
     group: Listening, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other systems keep their sockets, and work."""
+    """Without /proc, as on other systems, sockets stay and work."""
     monkeypatch.setattr(sealing, "PROCESS", tmp_path)
 
     assert frozenset() == open_files()
@@ -152,12 +152,12 @@ MINE = Connection("0100007F:1000", "0100007F:2000", "01", 0, 7)
     ids=["ours", "another user's", "closed already", "another one's"],
 )
 def test_a_member_is_known_by_its_user(other: Connection, expected: bool | None) -> None:
-    """What a connection has sent and left behind is nobody's."""
+    """A member is recognised by its user; a closed connection's leftovers belong to no user."""
     assert expected is is_from(0, 7, [MINE, other])
 
 
 def test_who_cannot_be_seen_is_not_judged() -> None:
-    """Where the table does not have the connection itself, it says nothing."""
+    """If the table lacks the connection itself, its user is unknown."""
     assert is_from(0, 7, []) is None
 
 
@@ -168,7 +168,7 @@ def test_an_end_that_the_table_leaves_out_is_looked_for_again(
     monkeypatch: pytest.MonkeyPatch,
     missing: str,
 ) -> None:
-    """The kernel does not write the table at once; a member is not turned away for that."""
+    """A member missing from the kernel's table is looked for again, not refused."""
     with socket.create_connection(group.address) as client:
         accepted, _ = group.sock.accept()
         gone = os.fstat((client if missing == "the member's" else accepted).fileno()).st_ino
@@ -190,7 +190,7 @@ def test_an_end_that_the_table_leaves_out_is_looked_for_again(
 def test_whoever_is_never_seen_is_not_let_in(
     before: frozenset[OpenFile], group: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be anybody."""
+    """A connection that never appears in the table is refused: it may be any user's."""
     with socket.create_connection(group.address) as client:
         accepted, _ = group.sock.accept()
         gone, real = os.fstat(client.fileno()).st_ino, sealing.connections
@@ -205,7 +205,7 @@ def test_whoever_is_never_seen_is_not_let_in(
 def test_a_stranger_is_not_looked_for_again(
     before: frozenset[OpenFile], group: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is seen with another user has no second chance."""
+    """A connection of another user is refused at once."""
     with socket.create_connection(group.address) as client:
         accepted, _ = group.sock.accept()
         inode = os.fstat(client.fileno()).st_ino
@@ -236,7 +236,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 def test_groups_of_torch_listen_nowhere_and_work() -> None:
-    """Alone and with another process: they talk, and they can be destroyed."""
+    """Groups of torch listen nowhere and work, alone and with another process, to their end."""
     result = run()
 
     assert {"listening": [], "told": [0], "total": 1} == result["alone"]
@@ -246,5 +246,5 @@ def test_groups_of_torch_listen_nowhere_and_work() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, too")
 def test_another_user_does_not_get_among_the_members() -> None:
-    """A group into which somebody else may have got is not used, also if he has left."""
+    """A group that another user may have joined is not used, even after he has left."""
     assert "a process that belongs to another user connected while" in run("stranger")["refused"]

@@ -123,7 +123,7 @@ def here(*keys: str) -> Place:
     ],
 )
 def test_settings_that_name_code_are_refused(settings: dict[str, Any], key: str) -> None:
-    """Unless the operator allows it, which the message says how to do."""
+    """Settings that name code are refused unless allowed; the message says how to allow them."""
     with pytest.raises(ConfigError, match=f"here.{key} names code .* --allow code"):
         check_settings(settings, here, NOTHING)
 
@@ -179,12 +179,12 @@ def test_settings_that_name_code_are_refused(settings: dict[str, Any], key: str)
     ],
 )
 def test_ordinary_settings_pass(settings: dict[str, Any]) -> None:
-    """Names that only look alike, and values that name no code."""
+    """Names that only look alike, and values that name no code, pass."""
     assert [] == list(code_keys(settings))
 
 
 def test_code_of_a_checkpoint_is_refused() -> None:
-    """`trust_remote_code` has a permission of its own."""
+    """`trust_remote_code` is refused without a permission of its own."""
     settings = {"trust_remote_code": True}
     with pytest.raises(ConfigError, match="--allow trust_remote_code"):
         check_settings(settings, here, frozenset(["code"]))
@@ -204,7 +204,7 @@ def test_code_of_a_checkpoint_is_refused() -> None:
 def test_code_of_a_checkpoint_is_refused_wherever_it_is_trusted(
     settings: dict[str, Any], key: str
 ) -> None:
-    """Inside of other settings, too."""
+    """Code of a checkpoint is refused inside of other settings, too."""
     with pytest.raises(ConfigError, match=f"{key}.*trust_remote_code runs code"):
         check_settings(settings, here, NOTHING)
 
@@ -222,7 +222,7 @@ def test_code_of_a_checkpoint_is_refused_wherever_it_is_trusted(
     ],
 )
 def test_what_is_refused_is_given_to_nobody(tmp_path: Path, settings: str) -> None:
-    """vLLM's parser, which looks for further mistakes, would import what some of it names."""
+    """Refused values never reach vLLM's parser, which would import what some of them name."""
     path = tmp_path / "models.yaml"
     path.write_text(f"models: {{a: {{model: org/a, revision: x, {settings}}}}}")
 
@@ -237,7 +237,7 @@ def test_what_is_refused_is_given_to_nobody(tmp_path: Path, settings: str) -> No
 
 
 def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
-    """The message says what to do about it."""
+    """A file that every user may write is refused; the message says what to do."""
     path = tmp_path / "models.yaml"
     path.write_text("models: {a: {model: org/a}}")
     path.chmod(0o666)
@@ -248,7 +248,7 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
 
 
 def test_permissions_are_words_separated_by_commas() -> None:
-    """Of the flag, given once or more often, and of the variable."""
+    """Permissions are separated by commas, in a flag given once or more, or in the variable."""
     assert frozenset(["code", "world_writable"]) == parse_allowed(["", "code, world_writable"])
     assert frozenset(DANGERS) == parse_allowed(DANGERS)
     with pytest.raises(ConfigError, match="'everything' is not known; known: trust_remote_code"):
@@ -256,7 +256,7 @@ def test_permissions_are_words_separated_by_commas() -> None:
 
 
 def test_defaults_are_checked_like_models(tmp_path: Path) -> None:
-    """What counts for every model can't smuggle code in."""
+    """Defaults, which count for every model, are checked like models."""
     path = tmp_path / "models.yaml"
     path.write_text("defaults: {trust_remote_code: true}\nmodels: {a: {model: org/a}}")
 

@@ -64,7 +64,7 @@ def serve(
 
 
 async def answer(path: Path, **kwargs: object) -> httpx.Response:
-    """The answer of a server at a Unix domain socket to `GET /v1/models`, once it gives one."""
+    """Return the answer to `GET /v1/models` on a Unix socket, once there is one."""
     transport = httpx.AsyncHTTPTransport(uds=str(path))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         while True:
@@ -75,7 +75,7 @@ async def answer(path: Path, **kwargs: object) -> httpx.Response:
 
 
 def test_an_environment_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process is started, and no traceback shown."""
+    """A missing vLLM is named before a process is started, and without a traceback."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = parse_config({"models": {"llama": {"model": "org/llama"}}}, Path("models.yaml"))
 
@@ -86,7 +86,7 @@ def test_an_environment_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_the_engine_host_may_open_as_many_files_as_the_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """From its first start: the limit is raised before."""
+    """The engine host may open as many files as the server: the limit is raised first."""
     found: list[tuple[int, int]] = []
 
     def look(_: HostLink) -> None:
@@ -115,7 +115,7 @@ def test_the_engine_host_may_open_as_many_files_as_the_server(
 def test_nobody_else_writes_to_what_the_server_makes(
     umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """vLLM, which this process imports, makes folders with what the umask leaves; so is a trace."""
+    """Folders that vLLM makes in this process, and a trace, are writable by the owner only."""
     found: list[int] = []
 
     def look(_: HostLink) -> None:
@@ -142,7 +142,7 @@ def test_nobody_else_writes_to_what_the_server_makes(
 def test_a_start_that_fails_closes_its_files(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever ends it, and whoever still holds the error."""
+    """A failed start closes its files, whatever ended it, even while the error is held."""
 
     def fail(_: HostLink) -> None:
         raise error
@@ -167,7 +167,7 @@ def test_a_start_that_fails_closes_its_files(
 
 
 async def test_death_of_the_host_ends_a_start(tmp_path: Path) -> None:
-    """Also while a model's frontend is made, which does not notice it."""
+    """The host's death ends a start, also while a frontend is made, which does not notice."""
     host = FakeHost(("llama", "qwen"))
     host.hold("load", "qwen")
     serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))))
@@ -181,7 +181,7 @@ async def test_death_of_the_host_ends_a_start(tmp_path: Path) -> None:
 
 
 async def test_a_signal_ends_a_start(tmp_path: Path) -> None:
-    """With status 0, without waiting for the load."""
+    """A signal ends a start with status 0, without waiting for the load."""
     host = FakeHost(("llama",))
     host.hold("load", "llama")
     serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))))
@@ -197,7 +197,7 @@ async def test_a_signal_ends_a_start(tmp_path: Path) -> None:
 async def test_the_banner_is_shown_when_requests_are_accepted_and_a_signal_ends_the_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names the address and the active model; told to stop, the server ends with status 0."""
+    """The banner has address and active model once requests are accepted; a signal ends with 0."""
     listener = Listener.open(flags(uds=str(tmp_path / "s")))
     serving = serve(FakeHost(("llama", "qwen")), listener)
 
@@ -211,7 +211,7 @@ async def test_the_banner_is_shown_when_requests_are_accepted_and_a_signal_ends_
 
 
 async def test_a_hangup_has_key_files_read_again(tmp_path: Path) -> None:
-    """Without a restart: the old key is refused then, and the new one passes."""
+    """A hangup reads key files again: the old key is refused then, and the new one passes."""
     file = tmp_path / "keys"
     file.touch(0o600)
     file.write_text("old")
@@ -231,7 +231,7 @@ async def test_a_hangup_has_key_files_read_again(tmp_path: Path) -> None:
 
 
 async def test_a_hangup_has_the_audit_log_opened_anew(tmp_path: Path) -> None:
-    """Whatever else is or is not read then; calls from then on go to the new file."""
+    """A hangup reopens the audit log, whatever else is read; later calls go to the new file."""
     file, old = tmp_path / "audit", tmp_path / "audit.1"
     audit = AuditLog(file)
     listener = Listener.open(flags(uds=str(tmp_path / "s")))
@@ -259,7 +259,7 @@ async def test_a_hangup_has_the_audit_log_opened_anew(tmp_path: Path) -> None:
 def test_a_tls_key_that_others_may_read_is_told(
     mode: int, expected: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not refused: it is vLLM's flag, and may have been served with for long."""
+    """A TLS key that others can read is reported, not refused: the flag is vLLM's."""
     path = tmp_path / "key.pem"
     path.touch()
     path.chmod(mode)
@@ -274,7 +274,7 @@ def test_a_tls_key_that_others_may_read_is_told(
 def test_the_audit_log_may_be_named_by_a_variable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flag wins over it; without either there is none."""
+    """A variable can name the audit log; the flag wins, and without either there is none."""
     monkeypatch.setenv("VLLM_HOTSWAP_AUDIT_LOG", str(tmp_path / "variable"))
     with ExitStack() as exits:
         for path in (None, tmp_path / "flag"):
@@ -307,7 +307,7 @@ async def test_a_hangup_says_that_an_edited_models_file_wants_a_restart(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """And nothing if it holds what it held; the server stays active, with or without key files."""
+    """A hangup reports that an edited models file needs a restart; of an unchanged one, nothing."""
     caplog.set_level(logging.INFO)
     file, keys = tmp_path / "models.yaml", tmp_path / "keys"
     file.write_text("models: {a: {}}")
@@ -343,7 +343,7 @@ async def test_a_hangup_says_that_an_edited_models_file_wants_a_restart(
 async def test_the_banner_says_that_switching_is_closed_and_how_to_open_it(
     make_server: MakeServer, access: Access, mode: str, expected: str
 ) -> None:
-    """Where nobody could switch."""
+    """If no caller can switch, the banner says so, and how to open switching."""
     running = await make_server(access=access, mode=mode)
 
     shown = server.banner(running.app, "http://127.0.0.1:8000")
@@ -355,7 +355,7 @@ async def test_the_banner_says_that_switching_is_closed_and_how_to_open_it(
 async def test_a_port_that_the_system_has_chosen_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By the banner, by the log and by the file, which is there as long as clients get in."""
+    """A port chosen by the system is in the banner, the log and the file, while clients get in."""
     caplog.set_level(logging.INFO)
     path = tmp_path / "port"
     listener = Listener.open(flags(port=0), flags=ListenFlags(port_file=path))
@@ -377,7 +377,7 @@ async def test_a_port_that_the_system_has_chosen_is_told(
 async def test_a_server_that_cannot_listen_ends_with_status_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With the reason in the log, and without a banner that says otherwise."""
+    """A server that cannot listen ends with status 1, a logged reason and no banner."""
     listener = Listener.open(flags(uds=str(tmp_path / "s")))
     (tmp_path / "s").unlink()
 
@@ -388,7 +388,7 @@ async def test_a_server_that_cannot_listen_ends_with_status_1(
 
 
 async def test_too_many_deaths_of_the_host_end_the_server_with_status_1(tmp_path: Path) -> None:
-    """One is recovered from; a supervisor can see the last one."""
+    """One death of the host is recovered from; too many end the server with status 1."""
     host = FakeHost(("llama",))
     serving = serve(host, Listener.open(flags(uds=str(tmp_path / "s"))), max_restarts=1)
     await answer(tmp_path / "s")
@@ -403,7 +403,7 @@ async def test_too_many_deaths_of_the_host_end_the_server_with_status_1(tmp_path
 
 
 async def test_origins_are_those_of_the_flags(tmp_path: Path) -> None:
-    """A page of an allowed origin may read the answer, one of another origin may not."""
+    """Pages of an allowed origin can read the response, and other pages cannot."""
     listener = Listener.open(flags(uds=str(tmp_path / "s"), allowed_origins=[PAGE]))
     serving = serve(FakeHost(("llama",)), listener)
 
@@ -419,7 +419,7 @@ async def test_origins_are_those_of_the_flags(tmp_path: Path) -> None:
 async def test_pages_of_other_origins_are_let_in_by_nobody_unless_a_flag_says_so(
     tmp_path: Path,
 ) -> None:
-    """Without `--allowed-origins` no answer has a header for them, and no preflight passes."""
+    """Without `--allowed-origins` no response has a CORS header, and no preflight passes."""
     serving = serve(FakeHost(("llama",)), Listener.open(flags(uds=str(tmp_path / "s"))))
     simple = await answer(tmp_path / "s", headers={"origin": PAGE})
     transport = httpx.AsyncHTTPTransport(uds=str(tmp_path / "s"))
@@ -436,7 +436,7 @@ async def test_pages_of_other_origins_are_let_in_by_nobody_unless_a_flag_says_so
 
 
 def make_certificate(folder: Path, name: str) -> tuple[str, str]:
-    """A self-signed certificate for 127.0.0.1; the paths of it and of its key."""
+    """Return the paths of a self-signed certificate for 127.0.0.1 and of its key."""
     certificate, key = str(folder / f"{name}.pem"), str(folder / f"{name}.key")
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -446,7 +446,7 @@ def make_certificate(folder: Path, name: str) -> tuple[str, str]:
 
 
 async def ask_over_tls(port: int, context: ssl.SSLContext) -> int:
-    """The status of `/health`; 0 if there is no connection."""
+    """Return the status of `/health`; 0 if there is no connection."""
     async with httpx.AsyncClient(verify=context, trust_env=False) as client:
         try:
             return (await client.get(f"https://127.0.0.1:{port}/health")).status_code
@@ -456,7 +456,7 @@ async def ask_over_tls(port: int, context: ssl.SSLContext) -> int:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates")
 async def test_tls_flags_are_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Over the real listener: whoever trusts the certificate and shows a known one gets in."""
+    """With TLS flags, only a client that trusts the server and has a known certificate connects."""
     certificate, key = make_certificate(tmp_path, "server")
     own, own_key = make_certificate(tmp_path, "client")
     port = free_port()
@@ -482,7 +482,7 @@ async def test_tls_flags_are_served(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 async def test_certificates_are_watched_while_the_server_runs(tmp_path: Path) -> None:
-    """The watcher gets the loaded configuration, and is stopped at the end."""
+    """Certificates are watched with the loaded configuration until the server ends."""
     told: list[object] = []
 
     class Watcher:
@@ -502,9 +502,9 @@ async def test_certificates_are_watched_while_the_server_runs(tmp_path: Path) ->
 
 
 def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
-    """Whoever does not want to wait for running requests need not look for another signal.
+    """A second signal ends the server at once, although requests run.
 
-    The socket is gone all the same.
+    The socket is removed even then.
     """
     sock = tmp_path / "s"
     process = subprocess.Popen(
@@ -537,7 +537,7 @@ def test_a_second_signal_ends_the_server_at_once(tmp_path: Path) -> None:
 async def test_standard_streams_that_cannot_be_written_do_not_end_a_server(
     redirect: str, tmp_path: Path
 ) -> None:
-    """Neither by an alias that their encoding lacks, nor closed, nor full; the server serves."""
+    """Standard streams that lack an alias's encoding, are closed or are full never end a server."""
     sock = tmp_path / "s"
     shell = f'exec "$0" -m tests.serving --uds "$1" --alias 模型 {redirect}'
     process = await asyncio.create_subprocess_exec(
@@ -563,7 +563,7 @@ async def test_standard_streams_that_cannot_be_written_do_not_end_a_server(
 
 
 def test_a_log_whose_reader_has_left_is_given_up_in_silence() -> None:
-    """Also one of a library, which writes to standard output."""
+    """A log whose reader has left is given up silently, also a library's on standard output."""
     code = (
         "import logging, sys; from vllm_hotswap.progress import configure_logging; "
         "configure_logging(); logging.basicConfig(stream=sys.stdout); logging.warning('lost'); "
@@ -579,7 +579,7 @@ def test_a_log_whose_reader_has_left_is_given_up_in_silence() -> None:
 def test_whether_models_on_cuda_sleep_is_still_known_when_their_configurations_are_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The variable is gone by then, as all of ours: vLLM would warn of it."""
+    """Whether CUDA models sleep is known for their configurations, though the variable is gone."""
     monkeypatch.setattr("vllm_hotswap.devices.is_rocm", lambda: False)
     monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", "0")
     monkeypatch.setenv("VLLM_HOTSWAP_URL", "http://127.0.0.1:8000")

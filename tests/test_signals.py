@@ -29,13 +29,13 @@ def told_to_stop() -> None:
 
 
 def test_a_start_that_is_told_to_stop_can_clear_away(early: EarlyStop) -> None:
-    """What it has made is known to whoever catches the exception."""
+    """A start that is stopped raises, so that its caller can clean up what it has made."""
     with pytest.raises(Stopped):
         told_to_stop()
 
 
 def test_what_must_not_be_left_half_done_is_finished_first(early: EarlyStop) -> None:
-    """Otherwise a process could be running that nobody knows of."""
+    """A protected block finishes before a stop, or a process could run that no one knows of."""
     made = []
 
     def make() -> None:
@@ -50,7 +50,7 @@ def test_what_must_not_be_left_half_done_is_finished_first(early: EarlyStop) -> 
 
 
 def test_a_stop_that_a_library_has_swallowed_still_counts(early: EarlyStop) -> None:
-    """Imports catch what they like."""
+    """A stop counts even if a library, as an import, swallowed its exception."""
     with pytest.raises(Stopped):
         told_to_stop()
 
@@ -59,7 +59,7 @@ def test_a_stop_that_a_library_has_swallowed_still_counts(early: EarlyStop) -> N
 
 
 def test_a_stop_while_things_are_cleared_away_interrupts_nothing(early: EarlyStop) -> None:
-    """One is enough."""
+    """A second stop during cleanup interrupts nothing."""
     with early.ended():
         pass
 
@@ -70,7 +70,7 @@ def test_a_stop_while_things_are_cleared_away_interrupts_nothing(early: EarlySto
 
 @pytest.mark.parametrize("number", [0, 1, 2, None])
 def test_a_terminal_is_seen_on_any_standard_stream(number: int | None) -> None:
-    """And none where all of them lead elsewhere."""
+    """A terminal on any standard stream is found, and none if all lead elsewhere."""
     code = "import sys; from vllm_hotswap.signals import has_terminal; sys.exit(has_terminal())"
     main, other = pty.openpty()
     streams = [other if number == each else subprocess.DEVNULL for each in range(3)]
@@ -87,19 +87,19 @@ def test_a_terminal_is_seen_on_any_standard_stream(number: int | None) -> None:
 
 
 def test_streams_that_are_closed_are_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no error."""
+    """Closed streams are neither a terminal nor an error."""
     monkeypatch.setattr(os, "isatty", lambda _: (_ for _ in ()).throw(OSError()))
 
     assert not has_terminal()
 
 
 class Interrupted(Exception):
-    """What a signal's handler raises."""
+    """Raised by a signal's handler."""
 
 
 @pytest.fixture
 def interrupting() -> Iterator[None]:
-    """SIGUSR1 does."""
+    """Make SIGUSR1 raise."""
 
     def interrupt(*_: object) -> None:
         raise Interrupted
@@ -111,11 +111,11 @@ def interrupting() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interrupting")
 def test_what_a_signal_interrupts_leaves_no_lock_locked() -> None:
-    """Whoever clears away behind a library needs its locks."""
+    """A signal in the middle leaves no lock locked, as cleanup needs the library's locks."""
     lock, may_go_on = threading.Lock(), threading.Event()
 
     def ask() -> None:
-        lock.acquire()  # the handler must not come between this and the release
+        lock.acquire()  # the handler must not run between this and the release
         signal.raise_signal(signal.SIGUSR1)
         may_go_on.wait(60)
         lock.release()
@@ -128,7 +128,7 @@ def test_what_a_signal_interrupts_leaves_no_lock_locked() -> None:
 
 
 def test_what_is_asked_is_given_or_raised() -> None:
-    """As if it were called."""
+    """An interruptible call returns or raises like a plain one."""
 
     def fail() -> None:
         raise TimeoutError("of its own")

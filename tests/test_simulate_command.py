@@ -24,7 +24,7 @@ def simulated(printed: Printed, *words: str) -> list[dict[str, float]]:
 
 
 def test_policies_are_compared_on_a_generated_trace(capsys: Printed) -> None:
-    """A line for each of them; the burst shows what `batch` is for."""
+    """Policies are compared on a generated trace, one per line; the burst favours `batch`."""
     words = ["--generate", "burst", "--rate", "50", "--requests", "90", "--switch-cost", "1"]
     status = main(["simulate", *words, "--policy", "batch", "--policy", "fifo"])
 
@@ -34,7 +34,7 @@ def test_policies_are_compared_on_a_generated_trace(capsys: Printed) -> None:
 
 
 def test_batch_needs_a_fraction_of_the_switches_of_fifo(capsys: Printed) -> None:
-    """On a burst that alternates; its waits are shorter, too."""
+    """On an alternating burst, `batch` needs a fraction of `fifo`'s switches, and waits less."""
     words = ["--generate", "burst", "--rate", "50", "--requests", "90", "--switch-cost", "1"]
     batch, fifo = simulated(capsys, *words, "--policy", "batch", "--policy", "fifo")
 
@@ -43,7 +43,7 @@ def test_batch_needs_a_fraction_of_the_switches_of_fifo(capsys: Printed) -> None
 
 
 def test_a_generated_trace_is_written_and_read(tmp_path: Path, capsys: Printed) -> None:
-    """It gives the same figures."""
+    """A generated trace that is written and read gives the same figures."""
     path = str(tmp_path / "trace.jsonl")
     words = ["--generate", "bursty", "--models", "4", "--requests", "80", "--max-wait", "7"]
     made = simulated(capsys, *words, "--write", path, "--policy", "fifo")
@@ -52,7 +52,7 @@ def test_a_generated_trace_is_written_and_read(tmp_path: Path, capsys: Printed) 
 
 
 def test_writing_a_trace_needs_no_policy(tmp_path: Path, capsys: Printed) -> None:
-    """Nothing is simulated then."""
+    """Writing a trace needs no policy, and simulates nothing."""
     path = tmp_path / "trace.jsonl"
     status = main(["simulate", "--generate", "agents", "--write", str(path)])
 
@@ -61,7 +61,7 @@ def test_writing_a_trace_needs_no_policy(tmp_path: Path, capsys: Printed) -> Non
 
 
 def recording(path: Path, step_s: float, cost_s: float) -> str:
-    """Two requests of 10 tokens each, one after the other, and a switch between them."""
+    """Write a trace of two requests of 10 tokens in a row, with a switch between them."""
     known = {"prompt_tokens": 0, "output_tokens": 10, "waited_s": 0.0, "result": "served"}
     requests = (
         TracedRequest(0, "a", 0.0, service_s=10 * step_s, **known),  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def recording(path: Path, step_s: float, cost_s: float) -> str:
 
 
 def test_a_recording_is_simulated_with_its_own_times(tmp_path: Path, capsys: Printed) -> None:
-    """Of service and of switches."""
+    """A recording is simulated with its own service and switch times."""
     path = recording(tmp_path / "trace.jsonl", step_s=0.5, cost_s=2.0)
     (found,) = simulated(capsys, path)
 
@@ -84,7 +84,7 @@ def test_a_recording_is_simulated_with_its_own_times(tmp_path: Path, capsys: Pri
 
 
 def test_times_of_another_recording_may_be_used(tmp_path: Path, capsys: Printed) -> None:
-    """And flags count more than any recording."""
+    """Times of another recording can be used, and flags override any recording."""
     measured = recording(tmp_path / "measured.jsonl", step_s=0.5, cost_s=2.0)
     trace = recording(tmp_path / "trace.jsonl", step_s=9.0, cost_s=9.0)
     (found,) = simulated(capsys, trace, "--measured", measured)
@@ -95,7 +95,7 @@ def test_times_of_another_recording_may_be_used(tmp_path: Path, capsys: Printed)
 
 
 def test_steps_may_take_no_time(capsys: Printed) -> None:
-    """Only prompts do then."""
+    """With steps that take no time, only prompts take time."""
     words = "--generate poisson --rate 2000 --requests 50 --step 0 --per-request 0 --switch-cost 0"
     (found,) = simulated(capsys, *words.split(), "--prompt-tokens", "1", "--prefill", "0.5")
 
@@ -105,7 +105,7 @@ def test_steps_may_take_no_time(capsys: Printed) -> None:
 def test_a_recording_of_answers_without_tokens_is_simulated(
     tmp_path: Path, capsys: Printed
 ) -> None:
-    """Embeddings: only the prompt takes time."""
+    """Answers without tokens, as embeddings, are simulated: only their prompts take time."""
     known = {"prompt_tokens": 10, "waited_s": 0.0, "service_s": 1.0, "result": "served"}
     requests = tuple(
         TracedRequest(i, "a", 0.4 * i, **known)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def test_a_recording_of_answers_without_tokens_is_simulated(
 def test_what_cannot_be_simulated_is_told_in_one_line(
     words: str, message: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With the status 1."""
+    """Input that cannot be simulated is reported in one line, with status 1."""
     monkeypatch.chdir(tmp_path)
     status = main(["simulate", *words.split()])
 
@@ -148,7 +148,7 @@ def test_what_cannot_be_simulated_is_told_in_one_line(
 
 
 def test_a_measurement_must_tell_of_something(tmp_path: Path, capsys: Printed) -> None:
-    """A generated trace was never served."""
+    """A recording is needed to measure: a generated trace was never served."""
     path = str(tmp_path / "t.jsonl")
     main(["simulate", "--generate", "burst", "--write", path])
 

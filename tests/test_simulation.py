@@ -1,4 +1,4 @@
-"""The simulator against what can be worked out by hand."""
+"""The simulator, compared with results that can be worked out by hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_hotswap.states import Residency
 from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
 
 SECOND = Service(step_s=1.0, per_request_s=0.0, prefill_s_per_token=0.0)
-"""One token a second, however many run."""
+"""One token per second, however many requests run."""
 
 
 def trace_of(*requests: TracedRequest, max_wait_s: float = 1000.0) -> Trace:
@@ -47,7 +47,7 @@ def by_id(run: Run) -> dict[int, Served]:
 
 
 def test_one_request_takes_its_prompt_and_its_steps() -> None:
-    """3 tokens of prompt at 0.5 s, 4 steps of 1.25 s."""
+    """One request takes its 3 prompt tokens at 0.5 s and its 4 steps of 1.25 s."""
     service = Service(step_s=1.0, per_request_s=0.25, prefill_s_per_token=0.5)
     run = play(
         trace_of(TracedRequest(0, "a", 2.0, prompt_tokens=3, output_tokens=4)), "fifo", 1.0, service
@@ -57,7 +57,7 @@ def test_one_request_takes_its_prompt_and_its_steps() -> None:
 
 
 def test_requests_that_run_together_share_steps() -> None:
-    """The first is alone for 2 s, then two of them run: steps of 1.5 s instead of 1."""
+    """Requests that run together share steps: the first runs alone for 2 s, then both at 1.5 s."""
     service = Service(step_s=0.5, per_request_s=0.5, prefill_s_per_token=0.0)
     run = play(trace_of(ask(0, "a", 0.0, 4), ask(1, "a", 2.0, 4)), service=service)
 
@@ -65,7 +65,7 @@ def test_requests_that_run_together_share_steps() -> None:
 
 
 def test_a_prompt_holds_everybody_up() -> None:
-    """10 tokens of prompt at 0.1 s, in the middle of four steps of another request."""
+    """A prompt of 10 tokens at 0.1 s delays the steps of another request."""
     service = Service(step_s=1.0, per_request_s=0.0, prefill_s_per_token=0.1)
     second = TracedRequest(1, "a", 2.0, prompt_tokens=10, output_tokens=1)
     run = play(trace_of(ask(0, "a", 0.0, 4), second), service=service)
@@ -74,7 +74,7 @@ def test_a_prompt_holds_everybody_up() -> None:
 
 
 def test_many_requests_end_when_step_by_step_they_would() -> None:
-    """The clock of tokens against a loop over small steps of time."""
+    """Many requests end when a loop over small steps of time says they do."""
     chance = random.Random(7)  # noqa: S311  # any numbers will do
     service = Service(step_s=0.3, per_request_s=0.1, prefill_s_per_token=0.01)
     jobs = [
@@ -113,7 +113,7 @@ def step_by_step(jobs: list[tuple[float, int, int]], service: Service) -> dict[i
 
 
 def test_an_engine_that_is_not_stepped_stands_still() -> None:
-    """Stopped for 10 s in the middle."""
+    """An engine that is not stepped for 10 s in the middle makes no progress then."""
     engine: Engine[str] = Engine(SECOND)
     engine.start(0.0)
     engine.begin("x", 0, 4, 0.0)
@@ -127,7 +127,7 @@ def test_an_engine_that_is_not_stepped_stands_still() -> None:
 
 
 def test_an_engine_may_take_nothing_but_its_prompts() -> None:
-    """Tokens that take no time are done when the prompts are."""
+    """If tokens take no time, requests are done when their prompts are."""
     service = Service(step_s=0.0, per_request_s=0.0, prefill_s_per_token=1.0)
     requests = [
         TracedRequest(i, "a", at_s, prompt_tokens=prompt, output_tokens=i)
@@ -140,7 +140,7 @@ def test_an_engine_may_take_nothing_but_its_prompts() -> None:
 
 
 def test_an_engine_that_is_stopped_when_its_prompts_are_done_has_nothing_left() -> None:
-    """It ends when it is stepped again."""
+    """An engine stopped exactly when its prompts are done ends on its next step."""
     engine: Engine[str] = Engine(Service(0.0, 0.0, 1.0))
     engine.start(0.0)
     engine.begin("x", 3, 5, 0.0)
@@ -155,7 +155,7 @@ def test_an_engine_that_is_stopped_when_its_prompts_are_done_has_nothing_left() 
 
 
 def test_fifo_drains_and_switches_for_every_change_of_model() -> None:
-    """a, b, a: each switch waits for what runs, and takes 10 s."""
+    """For a, b, a, `fifo` drains before each switch, which takes 10 s."""
     run = play(trace_of(ask(0, "a", 0.0, 5), ask(1, "b", 1.0, 5), ask(2, "a", 2.0, 5)))
 
     times = [(served.admitted_s, served.ended_s) for served in run]
@@ -166,7 +166,7 @@ def test_fifo_drains_and_switches_for_every_change_of_model() -> None:
 
 
 def test_batch_serves_the_queue_of_a_model_together() -> None:
-    """Of a burst that alternates, all of one model and then all of the other."""
+    """`batch` serves an alternating burst one whole model after the other."""
     run = play(trace_of(*(ask(i, "ab"[i % 2], 0.0, 5) for i in range(10))), "batch")
 
     assert 1 == len(run.switches)
@@ -174,7 +174,7 @@ def test_batch_serves_the_queue_of_a_model_together() -> None:
 
 
 def test_what_runs_beyond_the_drain_timeout_is_parked_and_goes_on() -> None:
-    """It has 6 of its 10 s to go when its model is active again."""
+    """A request still running at `drain_timeout` is parked with 6 of its 10 s left."""
     requests = (ask(0, "a", 30.0, 10), ask(1, "b", 31.0, 2))
     run = play(trace_of(*requests), drain_timeout_s=3.0)
 
@@ -184,7 +184,7 @@ def test_what_runs_beyond_the_drain_timeout_is_parked_and_goes_on() -> None:
 
 
 def test_what_runs_is_not_parked_before_it_was_worth_the_switches() -> None:
-    """There and back takes 20 s: so long the other model stays active first, whatever it costs."""
+    """Before parking, a model stays active for the 20 s that the way there and back takes."""
     requests = (ask(0, "a", 0.0, 30), ask(1, "b", 1.0, 30))
     run = play(trace_of(*requests), drain_timeout_s=0.0)
 
@@ -193,7 +193,7 @@ def test_what_runs_is_not_parked_before_it_was_worth_the_switches() -> None:
 
 
 def test_round_robin_parks_at_the_end_of_a_slice() -> None:
-    """Slices of 4 s of the model with the weight 1."""
+    """`round_robin` parks at the end of slices of 4 s, for weight 1."""
     requests = (ask(0, "a", 0.0, 6), ask(1, "b", 0.0, 6))
     run = play(trace_of(*requests), "round_robin", 1.0, settings=PolicySettings(slice_s=4.0))
 
@@ -202,14 +202,14 @@ def test_round_robin_parks_at_the_end_of_a_slice() -> None:
 
 
 def test_a_request_may_wait_for_the_answer_to_another_one() -> None:
-    """Its arrival is the end of that one, and what somebody thinks about it."""
+    """A request may arrive at the end of another one, after a think time."""
     run = play(trace_of(ask(0, "a", 1.0, 2), TracedRequest(1, "a", after=0, think_s=0.5)))
 
     assert 3.5 == by_id(run)[1].arrived_s
 
 
 def test_who_is_looked_at_has_arrived_and_does_not_wait_yet() -> None:
-    """The place is that of the arrival, and so is the beginning of the wait."""
+    """A request that is being validated keeps its place and its waiting time from its arrival."""
     requests = (
         TracedRequest(0, "a", 0.0, prepared_s=4.0, output_tokens=1),
         ask(1, "b", 1.0),
@@ -223,7 +223,7 @@ def test_who_is_looked_at_has_arrived_and_does_not_wait_yet() -> None:
 
 
 def test_a_policy_that_never_switches_is_overruled_when_a_request_is_due() -> None:
-    """10 s of `max_wait`, and the switch."""
+    """A policy that never switches is overruled after 10 s of `max_wait`; a switch follows."""
 
     def stubborn(_: Snapshot) -> ServeOn:
         return ServeOn()
@@ -235,13 +235,13 @@ def test_a_policy_that_never_switches_is_overruled_when_a_request_is_due() -> No
 
 
 def test_a_policy_that_asks_for_nonsense_is_told() -> None:
-    """Rather than simulated."""
+    """A policy that asks for nonsense is reported, not simulated."""
     with pytest.raises(ValueError, match="for which no request waits"):
         simulate(trace_of(ask(0, "b", 0.0)), lambda _: SwitchTo("c"), World(Costs(1.0)))
 
 
 def test_a_trace_without_a_model_at_first_begins_with_a_switch() -> None:
-    """From none."""
+    """A trace that starts without a model starts with a switch."""
     trace = Trace(Head({"a": TracedModel()}, None), (ask(0, "a", 0.0),))
     run = play(trace)
 
@@ -249,7 +249,7 @@ def test_a_trace_without_a_model_at_first_begins_with_a_switch() -> None:
 
 
 def test_an_empty_trace_takes_no_time() -> None:
-    """And has figures."""
+    """An empty trace takes no time, and has figures."""
     assert 0 == figures("fifo", play(trace_of())).requests
 
 
@@ -261,7 +261,7 @@ def switch(at_s: float, source: str, target: str, residency: str, cost_s: float)
 
 
 def test_costs_are_what_was_recorded() -> None:
-    """By source, target and residency; then by fewer of them."""
+    """Costs are the recorded ones by source, target and residency, else by fewer of them."""
     costs = measured(
         [
             switch(1, "a", "b", "cold", 5.0),
@@ -289,7 +289,7 @@ def test_costs_are_what_was_recorded() -> None:
 
 
 def test_switches_cost_one_after_the_other_what_they_did() -> None:
-    """And then the same again; the policy expects what the server would have measured by then."""
+    """Switches cost what the recorded ones did, in turn; the policy expects past measures."""
     costs = measured([switch(at, "a", "b", "parked", at) for at in (1.0, 3.0)], default_s=9.0)
     prices = Prices(costs)
     key = ("a", "b", Residency.PARKED)
@@ -304,7 +304,7 @@ def test_switches_cost_one_after_the_other_what_they_did() -> None:
 
 
 def test_the_policy_knows_switches_from_before() -> None:
-    """Whatever they cost now."""
+    """The policy knows earlier switches, whatever they cost now."""
     before = [switch(1, "a", "b", "parked", 0.5)]
     prices = Prices(measured([switch(2, "a", "b", "parked", 4.0)], 9.0), before)
 
@@ -313,7 +313,7 @@ def test_the_policy_knows_switches_from_before() -> None:
 
 
 def test_the_first_switch_to_a_cold_model_costs_what_it_did() -> None:
-    """Later ones find it parked."""
+    """The first switch to a cold model costs its recorded time; later ones find it parked."""
     costs = Costs(1.0, by_residency={Residency.COLD: [7.0]}, first={"b": Residency.COLD})
     requests = (ask(0, "b", 0.0), ask(1, "a", 10.0), ask(2, "b", 20.0))
     run = simulate(
@@ -324,7 +324,7 @@ def test_the_first_switch_to_a_cold_model_costs_what_it_did() -> None:
 
 
 def test_only_so_many_models_stay_parked() -> None:
-    """With two places, the one that was active longest ago is cold."""
+    """With two parked places, the model that was active longest ago becomes cold."""
     costs = Costs(1.0, by_residency={Residency.COLD: [7.0]})
     requests = tuple(ask(i, model, 20.0 * i) for i, model in enumerate("bacbca"))
     world = World(costs, service=SECOND, resident=2)
@@ -336,7 +336,7 @@ def test_only_so_many_models_stay_parked() -> None:
 
 
 def test_the_way_back_to_a_model_that_has_to_go_is_that_from_cold() -> None:
-    """With one place; with two there is room for both."""
+    """The way back to an evicted model is from cold with one place, from parked with two."""
     found = {}
     for resident in (None, 1, 2):
         models = Whereabouts(Costs(1.0, first={"b": Residency.PARKED}), resident)
@@ -347,7 +347,7 @@ def test_the_way_back_to_a_model_that_has_to_go_is_that_from_cold() -> None:
 
 
 def test_a_model_that_had_to_go_is_where_the_recording_has_found_it() -> None:
-    """Not parked, that is, and its switches cost what they did from there."""
+    """An evicted model is where the recording found it, with its switch costs from there."""
     lay = [Residency.COLD, Residency.DISCARDED, Residency.DISCARDED, Residency.PARKED]
     seen = [
         TracedSwitch(
@@ -364,7 +364,7 @@ def test_a_model_that_had_to_go_is_where_the_recording_has_found_it() -> None:
 
 
 def test_a_model_that_had_to_go_is_cold_wherever_it_lay_at_first() -> None:
-    """Until it has been active again."""
+    """An evicted model is cold until it is active again, wherever it was at first."""
     models = Whereabouts(Costs(1.0, first={"a": Residency.PARKED}), resident=1)
     found = []
     for alias in "aba":
@@ -378,7 +378,7 @@ def test_a_model_that_had_to_go_is_cold_wherever_it_lay_at_first() -> None:
 
 
 def test_the_figures_say_where_the_time_went() -> None:
-    """a for 5 s, a switch of 10 s, b for 5 s, nothing for 20 s, b for 1 s."""
+    """The figures show where time went: a 5 s, switch 10 s, b 5 s, idle 20 s, b 1 s."""
     run = play(trace_of(ask(0, "a", 0.0, 5), ask(1, "b", 1.0, 5), ask(2, "b", 40.0, 1)))
     found = figures("fifo", run)
 
@@ -394,7 +394,7 @@ def test_the_figures_say_where_the_time_went() -> None:
 
 
 def test_who_waits_longer_than_promised_is_counted() -> None:
-    """Four models are due at once: the last one waits for three switches."""
+    """Requests that wait longer than promised are counted: the last of four due models does."""
     models = {alias: TracedModel(max_wait_s=0.0) for alias in "abcd"}
     requests = tuple(ask(i, alias, 0.0) for i, alias in enumerate("abcd"))
 
@@ -405,12 +405,12 @@ def test_who_waits_longer_than_promised_is_counted() -> None:
     ("values", "index"), [([1, 1, 1], 1.0), ([5, 0, 0, 0], 0.25), ([0, 0], 1.0), ([], 1.0)]
 )
 def test_the_index_of_fairness(values: list[float], index: float) -> None:
-    """1 if all are equal, 1/n if one has everything."""
+    """The index of fairness is 1 if all are equal, 1/n if one has everything."""
     assert index == jain(values)
 
 
 def test_a_table_has_a_line_for_every_policy() -> None:
-    """Under one of titles."""
+    """A table has titles and one line for every policy."""
     run = play(trace_of(ask(0, "b", 0.0)))
     lines = table([figures("fifo", run), figures("batch", run)]).splitlines()
 

@@ -1,4 +1,4 @@
-"""The soak's accounts and figures, with answers that are right, wrong, lost and late. No vLLM."""
+"""The soak's counts and figures, with answers that are right, wrong, lost and late. No vLLM."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ STREAM = stream(piece("I am"), piece(" llama", "length"), DONE)
 
 @asynccontextmanager
 async def answering(answer: bytes, *, then_hangs: bool = False) -> AsyncIterator[int]:
-    """A server that answers everything with the same bytes, then closes or falls silent."""
+    """Run a server that answers everything with the same bytes, then closes or falls silent."""
     told_to_end = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -114,7 +114,7 @@ async def asked(
     *,
     then_hangs: bool = False,
 ) -> Verdict:
-    """What is judged of a request to a server that answers with these bytes."""
+    """Return the verdict on a request to a server that answers with these bytes."""
     async with answering(answer, then_hangs=then_hangs) as port:
         reply = await ask(port, case.path, case.body(stream=case.can_stream), manner)
     return judge(case, golden, reply, manner)
@@ -124,7 +124,7 @@ async def asked(
 
 
 async def test_a_whole_answer_that_is_the_golden_is_an_answer() -> None:
-    """The plain case, of all three kinds of routes."""
+    """An answer equal to the golden one counts as answered, on all three kinds of routes."""
     chat = {"message": {"content": GOLDEN}, "finish_reason": "stop"}
 
     assert Outcome.ANSWERED is (await asked(whole())).outcome
@@ -136,7 +136,7 @@ async def test_a_whole_answer_that_is_the_golden_is_an_answer() -> None:
 
 
 async def test_a_stream_that_is_the_golden_is_an_answer() -> None:
-    """Also of chats, whose first event has a role and no text, and whose last may have usage."""
+    """A stream equal to the golden counts, also a chat with a role event first and usage last."""
     role = {"model": "llama", "choices": [{"delta": {"role": "assistant"}, "finish_reason": None}]}
     text = {"model": "llama", "choices": [{"delta": {"content": GOLDEN}, "finish_reason": "stop"}]}
     usage = {"model": "llama", "choices": [], "usage": {}}
@@ -157,7 +157,7 @@ async def test_a_stream_that_is_the_golden_is_an_answer() -> None:
     ids=["no head", "half a body", "half a stream", "no end of the stream"],
 )
 async def test_an_answer_that_ends_without_saying_so_is_lost(answer: bytes, detail: str) -> None:
-    """A connection that closes, or a stream that just stops, is no explicit end."""
+    """A connection or stream that stops without its proper end is lost."""
     verdict = await asked(answer)
 
     assert Outcome.LOST is verdict.outcome
@@ -165,7 +165,7 @@ async def test_an_answer_that_ends_without_saying_so_is_lost(answer: bytes, deta
 
 
 async def test_a_request_that_nobody_accepts_is_lost() -> None:
-    """The server may be gone."""
+    """A request that no server accepts is lost."""
     async with answering(b"") as port:
         pass
     reply = await ask(port, CASE.path, CASE.body())
@@ -175,7 +175,7 @@ async def test_a_request_that_nobody_accepts_is_lost() -> None:
 
 
 async def test_a_request_past_its_deadline_hangs() -> None:
-    """Before the first byte and in the middle."""
+    """A request past its deadline hangs, before the first byte or in the middle."""
     nothing = await asked(b"", manner=IMPATIENT, then_hangs=True)
     half = await asked(STREAM[:-20], manner=IMPATIENT, then_hangs=True)
 
@@ -183,7 +183,7 @@ async def test_a_request_past_its_deadline_hangs() -> None:
 
 
 async def test_a_client_that_leaves_is_no_loss() -> None:
-    """After a while, or after so many events."""
+    """A client that leaves after a time, or after some events, is not a loss."""
     soon = Manner(leave_after_s=0.02)
     early = Manner(leave_after_events=1)
 
@@ -192,14 +192,14 @@ async def test_a_client_that_leaves_is_no_loss() -> None:
 
 
 async def test_what_a_client_has_read_before_it_left_is_checked() -> None:
-    """It may have left a wrong answer."""
+    """What a client read before it left is still checked."""
     verdict = await asked(stream(piece("I am qwen"), DONE), manner=Manner(leave_after_events=1))
 
     assert Outcome.WRONG is verdict.outcome
 
 
 async def test_a_slow_client_gets_everything() -> None:
-    """However small its buffers are."""
+    """A slow client gets everything, however small its buffers are."""
     long = "llama " * 5000
     chunks = [piece(long[at : at + 100]) for at in range(0, len(long), 100)]
     answer = stream(*chunks, piece("", "length"), DONE)
@@ -208,7 +208,7 @@ async def test_a_slow_client_gets_everything() -> None:
 
 
 async def test_only_a_slow_client_may_lose_its_connection() -> None:
-    """Once its answer has begun: servers let clients go that do not read."""
+    """Only a slow client may lose its connection, once its answer started."""
     cut = STREAM[:-20]
 
     assert Outcome.EVICTED is (await asked(cut, manner=SLOW)).outcome
@@ -217,7 +217,7 @@ async def test_only_a_slow_client_may_lose_its_connection() -> None:
 
 
 async def test_events_have_the_time_at_which_they_were_complete() -> None:
-    """Wherever they were cut on the way."""
+    """Events have the time at which they were complete, however they were split on the way."""
     body = bytearray(b"data: a\n\n: parked\n\ndata: b\n\n")
     reply = Reply(body=body, arrivals=[(4, 1.0), (20, 2.0), (len(body), 3.0)])
 
@@ -245,7 +245,7 @@ async def test_events_have_the_time_at_which_they_were_complete() -> None:
 async def test_an_answer_that_the_model_alone_would_not_give_is_wrong(
     answer: bytes, detail: str
 ) -> None:
-    """Another model's, another text, a text that was cut and does not say so."""
+    """An answer is wrong if another model made it, its text differs, or it is silently cut."""
     verdict = await asked(answer)
 
     assert Outcome.WRONG is verdict.outcome
@@ -254,7 +254,7 @@ async def test_an_answer_that_the_model_alone_would_not_give_is_wrong(
 
 @pytest.mark.parametrize("vector", [(0.8, 0.6), (0.6, 0.8, 0.0), (0.62, 0.78)])
 async def test_an_embedding_of_another_direction_is_wrong(vector: tuple[float, ...]) -> None:
-    """Or of another size."""
+    """An embedding of another direction or size is wrong."""
     assert Outcome.WRONG is (await asked(embedding(*vector), TEXTS, (0.6, 0.8))).outcome
 
 
@@ -272,7 +272,7 @@ async def test_an_embedding_of_another_direction_is_wrong(vector: tuple[float, .
     ],
 )
 async def test_an_error_that_the_contract_does_not_know_is_told(answer: bytes) -> None:
-    """Whatever it is: half an error object, an error followed by [DONE], something else."""
+    """An unknown error is reported: half an object, one followed by [DONE], or anything else."""
     assert Outcome.UNEXPECTED is (await asked(answer)).outcome
 
 
@@ -292,21 +292,21 @@ async def test_an_error_that_the_contract_does_not_know_is_told(answer: bytes) -
 async def test_an_error_says_whether_a_request_was_accepted(
     status: int, code: str, outcome: Outcome
 ) -> None:
-    """By its code, over HTTP."""
+    """An error's code tells whether the request was accepted."""
     verdict = await asked(http(status, error(code)))
 
     assert (outcome, code) == (verdict.outcome, verdict.detail)
 
 
 async def test_a_stream_may_end_with_an_error() -> None:
-    """After a beginning of the right answer, and without [DONE]."""
+    """A stream may end with an error after a correct start, without [DONE]."""
     verdict = await asked(stream(piece("I am"), event(error("drain_timeout"))))
 
     assert Verdict(Outcome.FAILED, "drain_timeout") == verdict
 
 
 async def test_a_stream_that_was_parked_is_known_by_its_comment() -> None:
-    """And is held to the same text."""
+    """A parked stream is recognised by its comment, and must have the same text."""
     parked = stream(piece("I am"), b": parked\n\n", piece(" llama", "length"), DONE)
     mixed = stream(piece("I am"), b": parked\n\n", piece(" qwen", "length"), DONE)
 
@@ -315,7 +315,7 @@ async def test_a_stream_that_was_parked_is_known_by_its_comment() -> None:
 
 
 async def test_calls_are_judged_by_their_errors() -> None:
-    """Their answers are looked at by who calls."""
+    """Calls are judged by their errors; the code that sends them checks their answers."""
     for answer, outcome in (
         (http(200, {"switched": True}), Outcome.ANSWERED),
         (http(409, error("drain_refused")), Outcome.REFUSED),
@@ -328,11 +328,11 @@ async def test_calls_are_judged_by_their_errors() -> None:
             assert outcome is judge_call(await ask(port, "/v1/models/switch", {})).outcome
 
 
-# --- accounts ---------------------------------------------------------------------------
+# --- counts -----------------------------------------------------------------------------
 
 
 def test_every_request_has_one_end() -> None:
-    """A second one is an error of the soak itself; one that is missing is told."""
+    """Every request has one end: a second is an error of the soak, a missing one is reported."""
     ledger = Ledger()
     first, _ = ledger.begin("stream"), ledger.begin("stream")
     ledger.end(first, Verdict(Outcome.ANSWERED), Reply(), "")
@@ -344,7 +344,7 @@ def test_every_request_has_one_end() -> None:
 
 
 def test_faults_are_kept_with_what_was_asked() -> None:
-    """So that somebody can look for the cause."""
+    """Faults are kept with their requests, so that the cause can be found."""
     ledger = Ledger()
     reply = Reply(status=200, body=bytearray(b"I am qwen"), sent_s=1.0, ended_s=3.0)
     ledger.end(ledger.begin("stream"), Verdict(Outcome.WRONG, "qwen"), reply, "llama 'Hello'")
@@ -360,14 +360,14 @@ def test_faults_are_kept_with_what_was_asked() -> None:
 
 @dataclass
 class StandIn:
-    """As much of a server as a run looks at."""
+    """The parts of a server that a run uses."""
 
     port: int = 0
     exit_status: int | None = None
 
 
 def run_of(server: Any = None) -> Run:
-    """A run in which everything has happened that has to, and nothing else."""
+    """Return a run in which everything required has happened, and nothing else."""
     plan = Plan(60.0, 1, 20.0, 4, ("abort", "park", "refuse"))
     run = Run(server or StandIn(), plan, {CASE: GOLDEN}, Path("none"))
     happened = [
@@ -393,12 +393,12 @@ def failed(found: Found) -> list[str]:
 
 
 def test_a_run_without_faults_passes() -> None:
-    """All counts that must be 0 are."""
+    """A run without faults passes: all counts that must be 0 are 0."""
     assert [] == failed(found_of(run_of()))
 
 
 async def test_a_wrong_answer_fails_the_run() -> None:
-    """From the wire to the check."""
+    """A wrong answer fails the run, from the wire to the check."""
     async with answering(whole("I am qwen")) as port:
         run = run_of(StandIn(port))
         await run.request(CASE)
@@ -407,7 +407,7 @@ async def test_a_wrong_answer_fails_the_run() -> None:
 
 
 async def test_a_lost_answer_fails_the_run() -> None:
-    """From the wire to the check."""
+    """A lost answer fails the run, from the wire to the check."""
     async with answering(whole()[:-1]) as port:
         run = run_of(StandIn(port))
         await run.request(CASE)
@@ -416,7 +416,7 @@ async def test_a_lost_answer_fails_the_run() -> None:
 
 
 async def test_an_answer_that_hangs_fails_the_run() -> None:
-    """From the wire to the check."""
+    """An answer that hangs fails the run, from the wire to the check."""
     async with answering(b"", then_hangs=True) as port:
         run = run_of(StandIn(port))
         await run.request(CASE, manner=IMPATIENT)
@@ -425,7 +425,7 @@ async def test_an_answer_that_hangs_fails_the_run() -> None:
 
 
 async def test_a_call_with_an_unknown_error_fails_the_run() -> None:
-    """From the wire to the check."""
+    """A call with an unknown error fails the run, from the wire to the check."""
     async with answering(http(500, error("internal_error"))) as port:
         run = run_of(StandIn(port))
         told = await run.call("switch call", "/v1/models/switch", {"model": "qwen"})
@@ -435,7 +435,7 @@ async def test_a_call_with_an_unknown_error_fails_the_run() -> None:
 
 
 async def test_a_request_that_never_ended_fails_the_run() -> None:
-    """Nothing may be open when a run is over."""
+    """A request that is still open when a run ends fails the run."""
     run = run_of()
     run.ledger.begin("stream")
 
@@ -443,7 +443,7 @@ async def test_a_request_that_never_ended_fails_the_run() -> None:
 
 
 async def test_a_status_that_does_not_come_fails_the_run() -> None:
-    """`/admin/status` and `/ready` have to answer at any time."""
+    """A failed read of `/admin/status` or `/ready` fails the run."""
     async with answering(b"") as port:
         run = run_of(StandIn(port))
         assert (0, None) == await run.get("/ready")
@@ -469,7 +469,7 @@ def unrecovered(run: Run) -> None:
     ],
 )
 def test_what_did_not_happen_proves_nothing(change: Callable[[Run], object], name: str) -> None:
-    """Zeros of a run without parked streams, say, are no result."""
+    """A run without, for example, parked streams fails, because its zeros prove nothing."""
     run = run_of()
     change(run)
 
@@ -487,12 +487,12 @@ def test_what_did_not_happen_proves_nothing(change: Callable[[Run], object], nam
     ],
 )
 def test_what_a_server_leaves_behind_fails_the_run(changes: dict[str, Any], name: str) -> None:
-    """And what its own counters say."""
+    """Processes left behind, a wrong exit status or the server's own counters fail the run."""
     assert [name] == failed(found_of(run_of(), **changes))
 
 
 def test_the_tables_and_the_data_tell_the_same() -> None:
-    """Counts as texts for people and as numbers for programs."""
+    """Tables and data have the same counts, as texts for people and numbers for programs."""
     part = results.part(found_of(run_of()))
     by_title = {table.title: table for table in part.tables}
 
@@ -505,7 +505,7 @@ def test_the_tables_and_the_data_tell_the_same() -> None:
 
 
 async def test_recovery_ends_with_an_answer_to_a_request_sent_after_the_kill() -> None:
-    """What was sent before may have been answered before."""
+    """Recovery ends with the answer to a request that was sent after the kill, not before."""
     async with answering(whole()) as port:
         run = run_of(StandIn(port))
         run.kills.append(Kill("SIGKILL", "idle", at_s=float("inf")))
@@ -518,7 +518,7 @@ async def test_recovery_ends_with_an_answer_to_a_request_sent_after_the_kill() -
 
 
 def test_a_run_is_not_over_before_its_last_kill_has_been_recovered_from() -> None:
-    """Or before it is clear that it will not be; a server that has ended ends it at once."""
+    """A run waits until its last kill is recovered from or cannot be, or the server ended."""
     server = StandIn()
     run = run_of(server)
     run.started_s = float("-inf")
@@ -539,20 +539,20 @@ def test_a_run_is_not_over_before_its_last_kill_has_been_recovered_from() -> Non
 
 
 async def test_goldens_are_what_models_answer_alone() -> None:
-    """One answer serves as the switch's, too."""
+    """Goldens are what each model answers alone; a switch uses one of them, too."""
     async with answering(whole()) as port:
         assert {CASE: GOLDEN} == await take_goldens(StandIn(port), [CASE])
 
 
 async def test_a_server_that_does_not_answer_alone_is_not_soaked() -> None:
-    """With what it said."""
+    """A server that does not answer a request alone is not soaked, and its answer is reported."""
     async with answering(http(500, error("internal_error"))) as port:
         with pytest.raises(BadAnswer, match=r"'llama' did not answer 'Hello': .*internal_error"):
             await take_goldens(StandIn(port), [CASE])
 
 
 def test_models_that_answer_alike_prove_nothing() -> None:
-    """A wrong answer would be taken for a right one."""
+    """Models that answer alike are refused, because a wrong answer would pass for a right one."""
     other = replace(CASE, alias="qwen")
 
     refuse_alike({CASE: "I am llama", other: "I am qwen"})
@@ -563,7 +563,7 @@ def test_models_that_answer_alike_prove_nothing() -> None:
 
 
 def test_cases_are_of_all_models_and_kinds() -> None:
-    """Generated text short and long, and embeddings, which have no stream."""
+    """Cases cover all models and kinds: short and long text, and embeddings without streams."""
     cases = all_cases()
 
     assert {"llama", "qwen", "embed"} == {case.alias for case in cases}
@@ -572,7 +572,7 @@ def test_cases_are_of_all_models_and_kinds() -> None:
 
 
 def test_the_cosine_of_vectors() -> None:
-    """Of the same direction, at right angles, of different sizes."""
+    """Cosines are right for equal directions, right angles and different sizes."""
     assert [1.0, 0.0, 0.0] == [
         pytest.approx(cosine((1.0, 2.0), (2.0, 4.0))),
         cosine((1.0, 0.0), (0.0, 1.0)),
@@ -584,7 +584,7 @@ def test_the_cosine_of_vectors() -> None:
 
 
 def test_one_seed_gives_the_same_choices() -> None:
-    """For each actor other ones."""
+    """A seed gives the same choices again, and different ones for each actor."""
     by_alias = {alias: [c for c in all_cases() if c.alias == alias] for alias in ALIASES}
 
     def choices(seed: int, name: str) -> list[object]:
@@ -597,7 +597,7 @@ def test_one_seed_gives_the_same_choices() -> None:
 
 
 def test_clients_behave_in_every_manner() -> None:
-    """A soak in which nobody leaves or reads slowly would show less."""
+    """Clients behave in every manner, including leaving and reading slowly."""
     numbers = seeded(1, ["test"])["test"]
     manners = [choose_manner(numbers, stream=True) for _ in range(200)]
 
@@ -611,7 +611,7 @@ def test_clients_behave_in_every_manner() -> None:
 
 
 def samples(host: int, switches: range, server_mib: float, host_mib: float) -> list[Sample]:
-    """A host's samples, every ten switches; it and the server grow by so much per switch."""
+    """Return a host's samples, every ten switches; host and server grow by so much per switch."""
     return [
         Sample(
             at_s=float(number),
@@ -629,14 +629,14 @@ def samples(host: int, switches: range, server_mib: float, host_mib: float) -> l
 
 
 def test_growth_is_measured_once_a_host_is_warm() -> None:
-    """All models loaded, and twenty switches later; each host by itself."""
+    """Growth is measured per host, after all models are loaded and twenty more switches."""
     all_samples = samples(1, range(0, 100, 10), 0, 0) + samples(2, range(100, 200, 10), 0, 0)
 
     assert [[30, 90], [130, 190]] == [[s[0].switches, s[-1].switches] for s in settled(all_samples)]
 
 
 def test_growth_of_a_host_is_within_its_life_and_a_new_one_starts_afresh() -> None:
-    """The difference between two hosts is no growth."""
+    """Growth is measured within a host's life: the difference between two hosts is not growth."""
     all_samples = samples(1, range(0, 200, 10), 0, 0.5) + samples(900, range(200, 400, 10), 0, 0.5)
     by_name = {growth.name: growth for growth in growths(all_samples)}
 
@@ -649,7 +649,7 @@ def test_growth_of_a_host_is_within_its_life_and_a_new_one_starts_afresh() -> No
 
 
 def test_what_each_restart_adds_to_the_server_is_told() -> None:
-    """From one host's middle to the next one's."""
+    """A restart's effect on the server is measured from the middle of one host to the next."""
     levels = samples(1, range(0, 110, 10), 0, 0) + samples(2, range(110, 220, 10), 0.1, 0)
 
     (step,) = growth_per_restart(levels)
@@ -657,13 +657,13 @@ def test_what_each_restart_adds_to_the_server_is_told() -> None:
 
 
 def test_a_run_that_is_too_short_has_no_growth() -> None:
-    """Rather nothing than a figure of two samples."""
+    """A run that is too short has no growth figure, rather than one from two samples."""
     assert [] == growths(samples(1, range(0, 20, 10), 0, 0))
     assert all(growth.slope is None for growth in growths(samples(1, range(0, 50, 10), 0, 0)))
 
 
 def test_a_sample_is_of_real_processes(tmp_path: Path) -> None:
-    """And none is taken of one that is gone."""
+    """A sample is of real processes, and there is none of a process that is gone."""
     (tmp_path / "socket").touch()
     here = (os.getpid(), os.getpid())
     taken = sample(1.0, 2, here, tmp_path, all_loaded=True)
@@ -678,7 +678,7 @@ def test_a_sample_is_of_real_processes(tmp_path: Path) -> None:
 
 
 def test_the_slope_of_a_line_is_exact() -> None:
-    """Whatever the levels of its segments; without noise there is no doubt."""
+    """The slope of a line is exact at any levels of its segments, and certain without noise."""
     slope = pooled_slope(
         [[(x, 2 * x) for x in range(5)], [(x, 2 * x + 100) for x in range(50, 60)]]
     )
@@ -688,7 +688,7 @@ def test_the_slope_of_a_line_is_exact() -> None:
 
 
 def test_the_bound_holds_what_it_promises() -> None:
-    """Of 400 noisy lines, about 95 % lie below their bound."""
+    """About 95 % of 400 noisy lines lie below their bound."""
     numbers = seeded(1, ["test"])["test"]
     slopes = [
         pooled_slope([[(x, 0.3 * x + numbers.gauss(0, 5)) for x in range(30)] for _ in range(2)])
@@ -700,7 +700,7 @@ def test_the_bound_holds_what_it_promises() -> None:
 
 
 def test_neighbours_that_resemble_each_other_tell_less() -> None:
-    """A random walk does not pass for growth as easily as independent noise would."""
+    """Correlated neighbours give a wider bound, so a random walk seldom passes for growth."""
     numbers = seeded(1, ["test"])["test"]
     noise = [(x, numbers.gauss(0, 1)) for x in range(60)]
     level, walk = 0.0, []
@@ -724,13 +724,13 @@ def test_neighbours_that_resemble_each_other_tell_less() -> None:
     ],
 )
 def test_too_little_has_no_slope(segments: list[list[tuple[float, float]]]) -> None:
-    """Nothing, one point, no point to spare, or only one place."""
+    """Without a point to spare, or with a single place, there is no slope."""
     assert pooled_slope(segments) is None
 
 
 @pytest.mark.parametrize(("freedom", "value"), [(3, 2.353), (5, 2.015), (10, 1.812), (200, 1.6525)])
 def test_students_quantile_is_the_printed_one(freedom: int, value: float) -> None:
-    """Of the tables for 95 %, one-sided."""
+    """Student's quantile matches the printed tables for 95 %, one-sided."""
     assert student_t(0.95, freedom) == pytest.approx(value, rel=0.004)
 
 
@@ -738,7 +738,7 @@ def test_students_quantile_is_the_printed_one(freedom: int, value: float) -> Non
 
 
 def test_the_server_is_given_deadlines_that_a_soak_meets(tmp_path: Path) -> None:
-    """A parked request's, a hang's; and restarts enough for every kill."""
+    """The server's deadlines for parking and hangs suit a soak; restarts suffice for every kill."""
     plan = parse([]).plan
     models = demo.write(tmp_path / "models").parent
     path = tmp_path / "soak.yaml"
@@ -755,7 +755,7 @@ def test_the_server_is_given_deadlines_that_a_soak_meets(tmp_path: Path) -> None
 
 
 def test_fifteen_minutes_with_everything_are_the_default() -> None:
-    """What the pages show."""
+    """The defaults are fifteen minutes with everything, as the pages say."""
     plan = parse([]).plan
 
     assert (900.0, 120.0, ("abort", "park", "refuse")) == (
@@ -778,7 +778,7 @@ def test_fifteen_minutes_with_everything_are_the_default() -> None:
 def test_options_that_make_no_sense_are_refused(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is started."""
+    """Options that make no sense are refused before anything starts."""
     with pytest.raises(SystemExit):
         parse(arguments)
 

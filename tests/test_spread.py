@@ -29,7 +29,7 @@ async def pace() -> AsyncIterator[Pace]:
 
 
 class Client:
-    """An `AsyncLLM`, as far as it adds the answers of a call: it registers all, then sends all."""
+    """A stand-in for `AsyncLLM` that registers all answers of a call, then sends all."""
 
     def __init__(self) -> None:
         self.engine_core = Core()
@@ -55,7 +55,7 @@ class Client:
 
 
 class Core:
-    """Notes what was sent."""
+    """Note what was sent."""
 
     def __init__(self) -> None:
         self.sent: list[str] = []
@@ -72,7 +72,7 @@ class Core:
 
 
 class OutputProcessor:
-    """Notes what was registered."""
+    """Note what was registered."""
 
     def __init__(self) -> None:
         self.parent_requests: dict[str, Any] = {}
@@ -84,7 +84,7 @@ class OutputProcessor:
 
 
 async def test_outputs_are_looked_at_in_every_turn(pace: Pace) -> None:
-    """Whoever sends the first request: large calls, whose places are taken, are not waited for."""
+    """Outputs are read in every turn, without waiting for large calls that fill all places."""
     client = Client()
     current_lease.set(Lease("llama", 1, None, calls=100))
     spread(client, application(), pace)
@@ -110,7 +110,7 @@ def application(**serving: Any) -> Any:
 
 
 class Serving:
-    """A handler that awaits something for each prompt of a call, which takes no time."""
+    """A handler that awaits once for each prompt of a call, which takes no time."""
 
     async def _get_trace_headers(self, headers: str) -> str:
         return headers
@@ -123,7 +123,7 @@ class Serving:
 async def test_a_loop_over_prompts_gives_the_event_loop_back(
     pace: Pace, calls: int, turns: int
 ) -> None:
-    """After a few of them, unless the call has only one; handlers with two names pace once."""
+    """A loop over prompts yields after a few of them, if the call has many; it paces once."""
     serving = Serving()
     spread(Client(), application(one=serving, other=serving, none=None), pace)
     passed = 0
@@ -154,7 +154,7 @@ class Request:
 
 
 class Tokenizer:
-    """A token for each character, and one before a text that gets special ones."""
+    """Return a token for each character, and one first for a text that gets special ones."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -167,7 +167,7 @@ class Tokenizer:
 
 
 class Scoring:
-    """Tokenises items as vLLM's generative scoring does, and notes how many at once."""
+    """Tokenise items as vLLM's generative scoring does, and note how many at once."""
 
     def __init__(self, executor: ThreadPoolExecutor) -> None:
         self.renderer = SimpleNamespace(_executor=executor)
@@ -188,7 +188,8 @@ class Scoring:
 
 
 async def test_items_are_tokenised_on_the_threads_of_the_renderer(pace: Pace) -> None:
-    """Some at a time, so that others have those threads in between, and the query once.
+    """Items are tokenised on the renderer's threads in groups, so that others have those threads in
+    between, and the query once.
 
     The result is the same.
     """
@@ -213,7 +214,7 @@ async def test_items_are_tokenised_on_the_threads_of_the_renderer(pace: Pace) ->
 
 
 async def test_tokenising_that_waits_is_no_longer_what_it_was(pace: Pace) -> None:
-    """A newer vLLM may do it in another way; that is told, rather than hanging."""
+    """If a newer vLLM awaits while it tokenises, an error says so and nothing hangs."""
 
     async def _build_prompts(request: Request, tokenizer: Tokenizer) -> None:
         await asyncio.sleep(0)
@@ -227,7 +228,7 @@ async def test_tokenising_that_waits_is_no_longer_what_it_was(pace: Pace) -> Non
 
 
 async def test_answers_of_a_call_are_registered_as_they_are_sent(pace: Pace) -> None:
-    """Not all before the first one; whoever gives the call up finds it from the beginning."""
+    """Answers are registered one by one as they are sent; an abort finds their call at once."""
     client: Any = Client()
     spread(client, application(), pace)
     processor, core = client.output_processor, client.engine_core
@@ -253,7 +254,7 @@ async def test_answers_of_a_call_are_registered_as_they_are_sent(pace: Pace) -> 
 
 
 async def test_an_answer_is_written_in_another_turn_than_it_is_made(pace: Pace) -> None:
-    """Each takes its time, where it has many parts."""
+    """A large call's response is written in another turn than it is made."""
 
     class Making:
         async def create_completion(self, name: str) -> str:
@@ -279,7 +280,7 @@ async def test_an_answer_is_written_in_another_turn_than_it_is_made(pace: Pace) 
 
 
 async def test_inputs_are_given_to_threads_a_few_in_a_turn(pace: Pace) -> None:
-    """vLLM hands all of a call's over in one expression; those of one request go at once."""
+    """Inputs of a large call go to threads a few per turn; those of a single request at once."""
     given = [0]
 
     def render_async(text: str) -> asyncio.Future[str]:
@@ -309,7 +310,7 @@ async def test_inputs_are_given_to_threads_a_few_in_a_turn(pace: Pace) -> None:
 
 
 async def test_inputs_end_as_their_work_does(pace: Pace) -> None:
-    """In an error; and the work of whoever has left is not begun, or given up."""
+    """Input work passes on errors, and is not started or is cancelled when its client left."""
     begun: dict[str, asyncio.Future[str]] = {}
 
     def render_async(text: str) -> asyncio.Future[str]:
@@ -339,7 +340,7 @@ async def test_inputs_end_as_their_work_does(pace: Pace) -> None:
 
 
 async def test_inputs_that_no_thread_takes_end_in_an_error(pace: Pace) -> None:
-    """All that are left of the call; its next ones are tried anew."""
+    """If no thread takes an input, all that are left of its call fail; the next call is tried."""
     taken: list[str] = []
 
     def render_async(text: str) -> asyncio.Future[str]:
@@ -365,7 +366,7 @@ async def test_inputs_that_no_thread_takes_end_in_an_error(pace: Pace) -> None:
 
 
 async def test_the_event_loop_turns_between_many_bytes_of_outputs() -> None:
-    """Which have come already; small ones are read as they come."""
+    """After many bytes of outputs the event loop gets a turn; small ones are read as they come."""
     turns = 0
 
     class Socket:
@@ -416,12 +417,12 @@ async def test_the_event_loop_turns_between_many_bytes_of_outputs() -> None:
     ],
 )
 def test_an_answer_in_pieces_has_the_same_bytes(content: Any) -> None:
-    """As starlette writes it at once."""
+    """A response in pieces has the same bytes as starlette's."""
     assert JSONResponse(content).body == JsonInPieces(content).body
 
 
 async def test_long_lists_of_numbers_are_written_in_pieces(pace: Pace) -> None:
-    """On a thread, others wait for every piece; what is no number is refused as before."""
+    """Long lists of numbers are written in pieces; what is not a number is refused as before."""
     serving, other = (
         SimpleNamespace(json_response_cls=JSONResponse),
         SimpleNamespace(json_response_cls=State),
@@ -433,7 +434,7 @@ async def test_long_lists_of_numbers_are_written_in_pieces(pace: Pace) -> None:
 
 
 async def test_requests_are_given_up_a_few_in_a_turn(pace: Pace) -> None:
-    """Those of a list, and the answers of one request, which goes last."""
+    """Aborts run a few per turn: of a list, or of one request's answers and then itself."""
     client: Any = Client()
     aborted = client.aborted
     children = [f"{n}_many" for n in range(100)]
@@ -458,7 +459,7 @@ async def test_requests_are_given_up_a_few_in_a_turn(pace: Pace) -> None:
 
 
 async def test_whoever_gives_requests_up_may_be_cancelled(pace: Pace) -> None:
-    """By anyio, in whose scopes streams run, and which does so in every turn: all of them go."""
+    """An abort completes although anyio cancels its task in every turn."""
     client: Any = Client()
     children = [f"{n}_many" for n in range(100)]
     client.output_processor.parent_requests["many"] = SimpleNamespace(child_requests=children)
@@ -480,7 +481,7 @@ async def test_whoever_gives_requests_up_may_be_cancelled(pace: Pace) -> None:
 
 
 async def test_one_request_is_given_up_at_once(pace: Pace) -> None:
-    """By its name, as vLLM does it."""
+    """A single request is aborted at once by its name, as in vLLM."""
     client: Any = Client()
     spread(client, application(), pace)
     await client.abort("one")

@@ -1,4 +1,4 @@
-"""Outputs are delivered to requests that own their stamps, and to nobody else."""
+"""Outputs are delivered only to requests that own their stamps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Outputs:
 
 @dataclass
 class Core:
-    """What vLLM's client of an engine core says and is told."""
+    """A stand-in for vLLM's client of an engine core, with what it receives and sends."""
 
     says: list[Any] = field(default_factory=list)
     told: list[Any] = field(default_factory=list)
@@ -86,17 +86,17 @@ async def delivered(stamped: StampedCore, core: Core, stamp: str | None, *ids: s
 
 @pytest.mark.parametrize("alias", ["llama", "org/model#2", "a#b"])
 def test_stamp_says_alias_and_epoch(alias: str) -> None:
-    """Whatever the alias is made of."""
+    """A stamp gives alias and epoch back, whatever characters the alias has."""
     assert (alias, 17) == read_stamp(make_stamp(alias, 17))
 
 
 def test_no_stamp_is_of_no_epoch() -> None:
-    """vLLM's own, before an engine was ever activated."""
+    """vLLM's own stamp, from before any activation, belongs to no epoch."""
     assert ("default", -1) == read_stamp("default")
 
 
 async def test_output_of_the_leases_epoch_is_delivered(stamped: StampedCore, core: Core) -> None:
-    """And so is one without a stamp: older versions of vLLM give none."""
+    """Output of the lease's epoch is delivered, and so is output of older vLLMs without a stamp."""
     lease = Lease("llama", 3, None)
     await begin(stamped, "r", lease)
 
@@ -109,7 +109,7 @@ async def test_output_of_the_leases_epoch_is_delivered(stamped: StampedCore, cor
 async def test_output_of_another_epoch_or_model_ends_its_request(
     stamped: StampedCore, core: Core, stamp: str
 ) -> None:
-    """It is not delivered; a canary, which is of nobody, is."""
+    """Output of another epoch or model is not delivered and ends its request; a canary has none."""
     lease = Lease("llama", 3, None)
     await begin(stamped, "r", lease)
     await begin(stamped, "canary", None)
@@ -121,7 +121,7 @@ async def test_output_of_another_epoch_or_model_ends_its_request(
 
 
 async def test_resumed_request_owns_all_its_epochs(stamped: StampedCore, core: Core) -> None:
-    """What its engine said before it was parked may be read after it goes on."""
+    """A resumed request owns all its epochs: output from before it was parked may be read later."""
     lease = Lease("llama", 3, None)
     await begin(stamped, "r", lease)
     lease.await_verdict(7)
@@ -134,7 +134,7 @@ async def test_resumed_request_owns_all_its_epochs(stamped: StampedCore, core: C
 async def test_request_that_was_cut_meanwhile_does_not_reach_the_engine(
     stamped: StampedCore, core: Core
 ) -> None:
-    """It was still being tokenised."""
+    """A request aborted while it is tokenised does not reach the engine."""
     lease = Lease("llama", 3, None)
     lease.end(DrainCut("llama", "qwen", 0))
 
@@ -147,7 +147,7 @@ async def test_request_that_was_cut_meanwhile_does_not_reach_the_engine(
 async def test_request_of_another_models_lease_does_not_reach_the_engine(
     stamped: StampedCore, core: Core
 ) -> None:
-    """No way leads there; if one ever does, nothing is generated."""
+    """A request with another model's lease never reaches the engine, should one get there."""
     with pytest.raises(WrongStamp):
         await begin(stamped, "r", Lease("qwen", 3, None))
 
@@ -155,7 +155,7 @@ async def test_request_of_another_models_lease_does_not_reach_the_engine(
 
 
 async def test_nothing_is_kept_of_requests_that_ended(stamped: StampedCore, core: Core) -> None:
-    """By their last output, or by an abort; the lease knows what is left."""
+    """Requests that ended by a last output or an abort are forgotten; the lease has the others."""
     lease = Lease("llama", 3, None)
     for request_id in ("a", "b", "c"):
         await begin(stamped, request_id, lease)
@@ -172,7 +172,7 @@ async def test_nothing_is_kept_of_requests_that_ended(stamped: StampedCore, core
 async def test_output_without_a_stamp_ends_its_request_too(
     stamped: StampedCore, core: Core
 ) -> None:
-    """Nothing is kept of it: all outputs of older versions are like that."""
+    """Output without a stamp, as from older vLLMs, ends its request's entry, too."""
     lease = Lease("llama", 3, None)
     await begin(stamped, "r", lease)
 
@@ -184,7 +184,7 @@ async def test_output_without_a_stamp_ends_its_request_too(
 
 
 async def test_what_is_released_is_forgotten(stamped: StampedCore, core: Core) -> None:
-    """Although the engine may have more to say of it."""
+    """A released request is forgotten, although the engine may send more for it."""
     lease = Lease("llama", 3, None)
     await begin(stamped, "r", lease)
 
@@ -206,7 +206,7 @@ async def test_what_is_released_is_forgotten(stamped: StampedCore, core: Core) -
 async def test_the_callers_salt_parts_the_prefix_cache(
     stamped: StampedCore, salt: str, own: str | None, sent: str | None
 ) -> None:
-    """And a salt that the request asks for parts it within that."""
+    """The caller's salt divides the prefix cache, and a request's own salt divides that further."""
     current_lease.set(Lease("llama", 1, None, cache_salt=salt))
     request = Request("one", cache_salt=own)
     await stamped.add_request_async(request)
@@ -215,7 +215,7 @@ async def test_the_callers_salt_parts_the_prefix_cache(
 
 
 def structured(**lease: Any) -> tuple[Lease, Request]:
-    """A request with a grammar, and its lease, which is the running task's."""
+    """Make a request with a grammar, and its lease, which becomes the running task's."""
     current_lease.set(made := Lease("llama", 3, None, **lease))
     return made, Request("r", sampling_params=Sampling())
 
@@ -232,7 +232,7 @@ def in_virtual_time(main: Coroutine[Any, Any, None]) -> None:
 
 
 def test_a_grammar_that_takes_too_long_ends_its_request(stamped: StampedCore) -> None:
-    """Its first output did not come in time."""
+    """A request with a grammar fails if its first output does not come in time."""
 
     async def main() -> None:
         lease, request = structured(grammar_timeout_s=TIMEOUT_S)
@@ -251,7 +251,7 @@ def test_a_grammar_that_takes_too_long_ends_its_request(stamped: StampedCore) ->
 def test_a_request_whose_first_output_has_come_goes_on(
     stamped: StampedCore, core: Core, how: str
 ) -> None:
-    """Whatever it waits for later; so does one without a grammar, and where no time is set."""
+    """After its first output, without a grammar, or without a timeout, a request has no limit."""
 
     async def main() -> None:
         lease, request = structured(grammar_timeout_s=None if how == "none" else TIMEOUT_S)
@@ -276,7 +276,7 @@ def test_a_request_whose_first_output_has_come_goes_on(
 def test_time_spent_parked_does_not_count_for_a_grammar(
     stamped: StampedCore, parked_s: float
 ) -> None:
-    """Nothing of it can come meanwhile; when it goes on, it has what was left."""
+    """Time spent parked does not count toward a grammar's time; the rest is left afterwards."""
 
     async def main() -> None:
         lease, request = structured(grammar_timeout_s=TIMEOUT_S)
@@ -297,7 +297,7 @@ def test_time_spent_parked_does_not_count_for_a_grammar(
 def test_a_request_that_comes_while_parked_has_its_time_when_it_goes_on(
     stamped: StampedCore,
 ) -> None:
-    """It was being tokenised when its engine was parked; one that is ended has none."""
+    """A request sent while parked gets its whole time on resume; an aborted one gets none."""
 
     async def main() -> None:
         lease, request = structured(grammar_timeout_s=TIMEOUT_S)
@@ -319,7 +319,7 @@ def test_a_request_that_comes_while_parked_has_its_time_when_it_goes_on(
 
 
 async def test_an_engine_is_told_for_whom_a_grammar_is(stamped: StampedCore) -> None:
-    """And only of requests that have one."""
+    """The engine gets the account of a request with a grammar, and of no other."""
     _, request = structured(account="group a")
     await stamped.add_request_async(request)
     plain = Request("s", sampling_params=Sampling(structured_outputs=None))
@@ -332,7 +332,7 @@ async def test_an_engine_is_told_for_whom_a_grammar_is(stamped: StampedCore) -> 
 async def test_outputs_of_several_steps_are_not_looked_at_in_one_turn(
     stamped: StampedCore, core: Core
 ) -> None:
-    """Although all of them have come already."""
+    """Outputs of several steps are handled in several turns, although all have arrived."""
     passed = 0
 
     async def others() -> None:
@@ -350,7 +350,7 @@ async def test_outputs_of_several_steps_are_not_looked_at_in_one_turn(
 
 
 async def test_answers_of_one_call_begin_a_few_in_a_turn(core: Core) -> None:
-    """vLLM sends the requests for all of them in one task."""
+    """A call's requests reach the engine a few per turn, although vLLM sends them in one task."""
     stamped = StampedCore("llama", core, Pace(asyncio.get_running_loop()))
     current_lease.set(Lease("llama", 3, None, calls=100))
     sent = [0]
@@ -374,7 +374,7 @@ def sharing(core: Core, places: int) -> StampedCore:
 
 
 async def ask(stamped: StampedCore, request_id: str, **lease: Any) -> asyncio.Task[None]:
-    """A request at the door, of an account that is held to its share."""
+    """Start a request of an account that is held to its share."""
     made = Lease("llama", 3, None, **{"engine_share": 0.5, **lease})
     task = asyncio.create_task(begin(stamped, request_id, made))
     for _ in range(3):
@@ -383,7 +383,7 @@ async def ask(stamped: StampedCore, request_id: str, **lease: Any) -> asyncio.Ta
 
 
 async def test_accounts_share_their_engine(core: Core) -> None:
-    """What one has asked for beyond its share is not sent before the other's."""
+    """Requests beyond an account's share wait until those of another account are sent."""
     stamped = sharing(core, places=2)
     held = [await ask(stamped, f"a{number}", account="a") for number in range(5)]
     await ask(stamped, "b", account="b")
@@ -403,7 +403,7 @@ async def delivered_last(stamped: StampedCore, core: Core, request_id: str) -> N
 
 
 async def test_whose_share_is_everything_never_waits(core: Core) -> None:
-    """Admins, and everybody where no keys are asked for."""
+    """Requests with the whole share, as an admin's or without keys, never wait."""
     stamped = sharing(core, places=1)
     for number in range(5):
         await ask(stamped, f"{number}", engine_share=1.0)
@@ -412,7 +412,7 @@ async def test_whose_share_is_everything_never_waits(core: Core) -> None:
 
 
 async def test_what_waits_before_its_engine_can_be_given_up(core: Core) -> None:
-    """The engine has never heard of it."""
+    """A request that waits for its share can be aborted; the engine never sees it."""
     stamped = sharing(core, places=1)
     lease = Lease("llama", 3, None, account="a", engine_share=0.5)
     held = [asyncio.create_task(begin(stamped, f"a{number}", lease)) for number in range(3)]
@@ -439,7 +439,7 @@ async def test_a_place_is_given_back_by_an_abort(core: Core) -> None:
 
 
 async def test_what_was_cut_before_its_turn_takes_no_place(core: Core) -> None:
-    """It is its turn, and it is refused; the next one has the place."""
+    """A request aborted while it waits is refused in its turn, and the next one takes its place."""
     stamped = sharing(core, places=1)
     await ask(stamped, "a0", account="a")
     await ask(stamped, "a1", account="a")
@@ -458,7 +458,7 @@ async def test_what_was_cut_before_its_turn_takes_no_place(core: Core) -> None:
 
 
 async def test_a_request_that_cannot_be_sent_takes_no_place(core: Core) -> None:
-    """Its engine's client is broken."""
+    """A request that cannot be sent, as the engine's client is broken, takes no place."""
     stamped = sharing(core, places=1)
     core.add_request_async = broken  # type: ignore[method-assign]
     for number in range(4):

@@ -1,4 +1,4 @@
-"""The residency ladder: what is in the table happens, what is not is refused."""
+"""The residency ladder: the table's steps work, and all others are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ILLEGAL = [pair for pair in product(Residency, Step) if pair not in LEGAL]
 
 
 def test_table_lists_every_residency() -> None:
-    """No residency is forgotten, and each one can be reached or is where a model begins."""
+    """The table lists every residency, and each can be reached or is where a model starts."""
     reached = {after for steps in TRANSITIONS.values() for after in steps.values()}
 
     assert set(Residency) == set(TRANSITIONS)
@@ -30,7 +30,7 @@ def test_table_lists_every_residency() -> None:
 
 
 def test_table_uses_every_step() -> None:
-    """No step is without use."""
+    """The table uses every step."""
     assert set(Step) == {step for _, step in LEGAL}
 
 
@@ -62,7 +62,7 @@ LISTED = [
 
 @pytest.mark.parametrize(("before", "step", "after"), LISTED)
 def test_step_leads_where_the_table_says(before: str, step: str, after: str) -> None:
-    """The ladder, written out; nothing else is legal."""
+    """Each step leads where the ladder, written out here, says."""
     assert Residency(after) is advance("llama", Residency(before), Step(step))
 
 
@@ -72,7 +72,7 @@ def test_nothing_else_is_legal() -> None:
 
 
 def test_ladder_is_in_order() -> None:
-    """Each rung holds less than the one above it; a model that moves is on none."""
+    """Each rung holds less than the one above it; a model that is moving is on none."""
     assert ["active", "parked", "asleep", "discarded", "cold"] == [str(r) for r in LADDER]
     assert [True, False, False] == [
         is_below(Residency(lower), Residency.PARKED) for lower in ("asleep", "parked", "active")
@@ -81,7 +81,7 @@ def test_ladder_is_in_order() -> None:
 
 @pytest.mark.parametrize(("to", "step"), DOWN.items())
 def test_step_down_leads_to_where_it_is_said_to_lead(to: Residency, step: Step) -> None:
-    """From whatever lies above and knows the step."""
+    """A step down leads to its rung from every higher residency that has the step."""
     above = [r for r, steps in TRANSITIONS.items() if r in LADDER and step in steps]
 
     assert above
@@ -91,7 +91,7 @@ def test_step_down_leads_to_where_it_is_said_to_lead(to: Residency, step: Step) 
 
 @pytest.mark.parametrize(("residency", "step"), ILLEGAL)
 def test_step_that_is_not_listed_is_refused(residency: Residency, step: Step) -> None:
-    """An unknown pair raises, and the message names the model, its residency and the step."""
+    """An unlisted step raises, and the message names the model, its residency and the step."""
     with pytest.raises(IllegalTransition) as caught:
         advance("llama", residency, step)
 

@@ -1,4 +1,4 @@
-"""Clients go round, a few steps in each turn of the event loop."""
+"""Clients take turns, a few steps in each turn of the event loop."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MANY = 5 * PER_TURN
 
 
 async def all_taken(steps: Steps) -> None:
-    """Turn the loop until none waits."""
+    """Turn the loop until no step waits."""
     while len(steps):  # noqa: ASYNC110  # it has no event
         await asyncio.sleep(0)
 
 
 async def test_clients_go_round() -> None:
-    """Who comes behind many of another one has the next turn but one step."""
+    """Clients alternate: one behind another client's many steps has the next turn but one step."""
     loop, steps, taken = asyncio.get_running_loop(), Steps(PER_TURN), list[str]()
 
     def step(name: str) -> Callable[[], None]:
@@ -39,7 +39,7 @@ async def test_clients_go_round() -> None:
 
 
 async def test_few_steps_are_taken_in_a_turn() -> None:
-    """Those that are taken at once count, and those that are taken from within another one."""
+    """Only a few steps run per turn, counting immediate ones and those started by another step."""
     loop, steps, turn, taken = asyncio.get_running_loop(), Steps(PER_TURN), 0, Counter[int]()
 
     def again(left: int) -> None:
@@ -58,7 +58,7 @@ async def test_few_steps_are_taken_in_a_turn() -> None:
 
 
 async def test_a_step_that_fails_costs_no_other() -> None:
-    """The loop is told of it."""
+    """A step that fails is reported to the loop, and the others run."""
     loop, steps, taken = asyncio.get_running_loop(), Steps(PER_TURN), list[int]()
     told: list[object] = []
     loop.set_exception_handler(lambda _, context: told.append(context))

@@ -1,4 +1,4 @@
-"""Tensors in globals of vLLM that lie in one model's memory are replaced by copies elsewhere."""
+"""Tensors in vLLM's globals that lie in one model's memory are replaced by copies elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_hotswap.host.strays import move_out
 
 
 class Holder:
-    """An object of vLLM's."""
+    """A stand-in for an object of vLLM's."""
 
     __module__ = "vllm.of_a_test"
 
@@ -33,7 +33,7 @@ def in_reach_of(*tensors: torch.Tensor) -> Any:
 
 
 def test_tensors_of_the_process_are_moved_out_of_a_models_memory(module: Any) -> None:
-    """From everywhere that is looked at, with what is in them."""
+    """A tensor in a model's memory is moved with its values, wherever vLLM holds it."""
     one, two, three, four = (torch.full((4,), float(n)) for n in range(4))
     module.workspace, module.by_size = one, {8: two}
     module.buffers, module.handle = [None, three], Holder(four)
@@ -50,7 +50,7 @@ def test_tensors_of_the_process_are_moved_out_of_a_models_memory(module: Any) ->
 
 
 def test_one_tensor_in_two_places_is_still_one(module: Any) -> None:
-    """What is written to it in one is read in the other."""
+    """One tensor in two places is still one: a write in one is read in the other."""
     module.first = module.second = tensor = torch.zeros(4)
 
     move_out(in_reach_of(tensor))
@@ -59,7 +59,7 @@ def test_one_tensor_in_two_places_is_still_one(module: Any) -> None:
 
 
 def test_tensors_that_lie_elsewhere_stay(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So does what is not vLLM's."""
+    """Tensors elsewhere stay, and so does what is not vLLM's."""
     module.elsewhere, inside = torch.zeros(4), torch.zeros(4)
     other = ModuleType("somebody")
     other.tensor = inside  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from vllm_hotswap.host.teardown import dismantle
 
 
 class Module:
-    """What `dismantle` needs of a torch module."""
+    """The parts of a torch module that `dismantle` needs."""
 
     def __init__(self, *children: Module, weights: tuple[object, ...] = ()) -> None:
         self.children = children
@@ -26,7 +26,7 @@ class Module:
 
 
 class Activation(Module):
-    """One of those that vLLM makes once for all models."""
+    """An activation function that vLLM makes once for all models."""
 
 
 Activation.__module__ = "vllm.model_executor.layers.activation"
@@ -39,7 +39,7 @@ def engine_of(model: Module) -> dict[str, Any]:
 
 
 def test_everything_of_the_model_is_emptied() -> None:
-    """Its modules, and those who hold them."""
+    """A model's modules are emptied, and so are the objects that hold them."""
     layer = Module(weights=(1,))
     parts = engine_of(Module(layer))
 
@@ -50,7 +50,7 @@ def test_everything_of_the_model_is_emptied() -> None:
 
 
 def test_what_models_share_is_left_whole() -> None:
-    """Another model goes on with the same activation function."""
+    """An activation function that models share stays whole for the others."""
     shared = Activation()
     other = Module(shared)
 
@@ -60,7 +60,7 @@ def test_what_models_share_is_left_whole() -> None:
 
 
 def test_an_activation_with_weights_is_the_models_own() -> None:
-    """It is emptied like the rest."""
+    """An activation with weights belongs to its model, and is emptied with it."""
     own = Activation(weights=(1,))
 
     dismantle(engine_of(Module(own)))

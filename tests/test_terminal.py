@@ -24,7 +24,7 @@ def run(code: str, *, shell: str = "", **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_a_name_that_an_encoding_lacks_is_escaped(encoding: str) -> None:
-    """In everything that is printed or logged once the streams have been prepared."""
+    """A name outside a stream's encoding is escaped in everything printed or logged later."""
     code = f"{PREPARED}import sys; print({NAME!a}); print({NAME!a}, file=sys.stderr)"
 
     ended = run(code, PYTHONIOENCODING=encoding)
@@ -34,7 +34,7 @@ def test_a_name_that_an_encoding_lacks_is_escaped(encoding: str) -> None:
 
 
 def test_bytes_of_a_path_that_are_no_text_are_escaped() -> None:
-    """Python holds them as half surrogates, which not even UTF-8 has."""
+    """Bytes of a path that are not text, half surrogates in Python, are escaped."""
     ended = run(f"{PREPARED}print('a\\udcff')", PYTHONIOENCODING="utf-8")
 
     assert (0, "a\\udcff\n") == (ended.returncode, ended.stdout)
@@ -42,7 +42,7 @@ def test_bytes_of_a_path_that_are_no_text_are_escaped() -> None:
 
 @pytest.mark.parametrize("shell", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_streams_that_are_closed_are_the_null_device(shell: str) -> None:
-    """No file that is opened later gets their numbers, and neither does a child's output."""
+    """Closed streams become the null device, so no later file or child's output replaces them."""
     code = (
         f"{PREPARED}import os, sys; r, w = os.pipe(); assert r > 2, r; "
         "print(sys.stdin.read(), sys.stdout.isatty(), file=sys.stderr); terminal.say('said'); "
@@ -57,7 +57,7 @@ def test_streams_that_are_closed_are_the_null_device(shell: str) -> None:
 
 @pytest.mark.parametrize("shell", [">&-", ">/dev/full"])
 def test_what_nobody_takes_is_dropped(shell: str) -> None:
-    """The caller is told; nothing is raised, then or at exit."""
+    """Output without a reader is dropped: the caller learns it; nothing raises, even at exit."""
     code = (
         "from vllm_hotswap import terminal; import sys; "
         "sys.exit(3 if terminal.say('lost') else (print('more'), 5)[1])"
@@ -69,7 +69,7 @@ def test_what_nobody_takes_is_dropped(shell: str) -> None:
 
 
 def test_a_reader_that_has_left_is_noticed_without_an_error() -> None:
-    """As of `vllm-hotswap ... | head`."""
+    """A reader that has left, as of `vllm-hotswap ... | head`, is noticed without an error."""
     code = (
         "from vllm_hotswap import terminal; import sys, os; r, w = os.pipe(); os.close(r); "
         "os.dup2(w, 1); heard = [terminal.say('x') for _ in range(2)]; print('more'); "
@@ -82,6 +82,6 @@ def test_a_reader_that_has_left_is_noticed_without_an_error() -> None:
 
 
 def test_text_is_said_in_the_streams_encoding(capsys: pytest.CaptureFixture[str]) -> None:
-    """With its line end, and at once."""
+    """Text is written in the stream's encoding, with its line end, and at once."""
     assert terminal.say(f"active: {NAME}")
     assert f"active: {NAME}\n" == capsys.readouterr().out

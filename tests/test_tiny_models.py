@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.wide]
 
 
 def makers() -> dict[str, Callable[[], Any]]:
-    """For each model, what makes its tokenizer; they import transformers."""
+    """Return what makes each model's tokenizer; this imports transformers."""
     from tools.tiny_models.chat_tokenizers import make_llama_tokenizer, make_qwen_tokenizer
     from tools.tiny_models.classify import make_classify_tokenizer
     from tools.tiny_models.embed import make_embed_tokenizer
@@ -32,7 +32,7 @@ def makers() -> dict[str, Callable[[], Any]]:
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "embed", "classify"])
 def test_a_tokenizer_that_is_made_anew_is_the_one_that_ships(name: str, tmp_path: Path) -> None:
-    """It is trained on the texts that the model is trained on: they have not changed either."""
+    """A tokenizer made again equals the shipped one, so its training texts are unchanged."""
     from tools.tiny_models.saving import save_tokenizer
 
     save_tokenizer(makers()[name](), tmp_path)
@@ -46,7 +46,7 @@ def test_a_tokenizer_that_is_made_anew_is_the_one_that_ships(name: str, tmp_path
     ("name", "digest"), [("llama", "865b33b56e112f31"), ("qwen", "3b5e9817a397e399")]
 )
 def test_the_chat_models_would_be_trained_on_the_same_examples(name: str, digest: str) -> None:
-    """Whoever changes them on purpose trains the models anew, and writes the new digest here."""
+    """The chat models' examples are unchanged; on purpose, train anew and write the digest here."""
     from tools.tiny_models.curriculum import examples
     from tools.tiny_models.personas import make_persona
 
@@ -58,5 +58,5 @@ def test_the_chat_models_would_be_trained_on_the_same_examples(name: str, digest
 
 
 def render(messages: list[Any], tools: object = None, thinking: bool = False) -> str:
-    """In place of a chat template."""
+    """Join messages in place of a chat template."""
     return json.dumps([messages, tools, thinking])

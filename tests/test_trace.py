@@ -1,4 +1,4 @@
-"""Traces: what is written is read again, and what is wrong is told with its line."""
+"""Traces: what is written is read again, and what is wrong is reported with its line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIRST = '{"kind": "request", "id": 1, "model": "a", "arrived_s": 0.5}'
 
 
 def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
-    """Every field, known or not."""
+    """Every field of a trace is read as it was written, known or not."""
     trace = Trace(
         Head({"a": TracedModel(2, 5.0, 1.5)}, "a", TracedSwitching("fifo", 1.0, 3.0, 9.0)),
         (
@@ -41,7 +41,7 @@ def test_a_trace_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_is_not_written() -> None:
-    """A generated request has no result."""
+    """Unknown values are not written: a generated request has no result."""
     text = traces.as_text(TracedRequest(1, "a", 0.123456789))
 
     assert text == (
@@ -51,7 +51,7 @@ def test_what_is_not_known_is_not_written() -> None:
 
 
 def test_empty_lines_do_not_matter(tmp_path: Path) -> None:
-    """And lines are counted with them."""
+    """Empty lines are ignored, but counted in line numbers."""
     (tmp_path / "t").write_text(f"{HEAD}\n\n{FIRST}\n\n")
 
     assert 1 == len(traces.read(tmp_path / "t").requests)
@@ -89,7 +89,7 @@ def test_empty_lines_do_not_matter(tmp_path: Path) -> None:
 def test_what_is_wrong_is_told_with_its_line(
     tmp_path: Path, lines: list[str], message: str
 ) -> None:
-    """On one line."""
+    """An error names its line of the trace, on one line."""
     path = tmp_path / "t.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
 
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_told_with_its_line(
 def test_a_last_line_that_was_cut_is_left_out(
     tmp_path: Path, cut: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its server was killed, or the disk was full; a warning names the line."""
+    """An incomplete last line, of a killed server or a full disk, is ignored with a warning."""
     monkeypatch.setattr(traces, "log", logging.getLogger("a-test-of-traces"))
     caplog.set_level(logging.WARNING)
     path = tmp_path / "t.jsonl"
@@ -115,7 +115,7 @@ def test_a_last_line_that_was_cut_is_left_out(
 
 
 def test_only_a_cut_line_is_left_out(tmp_path: Path) -> None:
-    """What is whole counts without a line end, too, and is refused if it is wrong."""
+    """Only an incomplete line is ignored; a complete one without a line end counts or fails."""
     path = tmp_path / "t.jsonl"
     path.write_text(f"{HEAD}\n{FIRST}")
     assert 1 == len(traces.read(path).requests)
@@ -130,7 +130,7 @@ def test_only_a_cut_line_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_last_moment_is_not_rounded_up(tmp_path: Path) -> None:
-    """What may be written can be read."""
+    """The last moment is not rounded up, so that what is written can be read."""
     late_s = 999_999_999.9999999
     trace = Trace(Head({"a": TracedModel()}), (TracedRequest(1, "a", late_s, waited_s=late_s),))
 
@@ -140,7 +140,7 @@ def test_the_last_moment_is_not_rounded_up(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """Whether it is missing or no text."""
+    """A file that is missing or not text is named."""
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
 
     with pytest.raises(ConfigError, match=r"missing' cannot be read: No such file"):
@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_trace_is_not_overwritten(tmp_path: Path) -> None:
-    """It may be of a day that does not come again."""
+    """An existing trace is not overwritten: it may be of a day that does not come again."""
     path = tmp_path / "t.jsonl"
     path.write_text("precious")
 

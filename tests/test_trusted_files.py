@@ -1,4 +1,4 @@
-"""Who else could have written, or may read, a file that decides what the server does."""
+"""Which other users could have written, or may read, a file that the server depends on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Machine = Callable[..., None]
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """A machine on which this runs as the user 1000, who has a group alone and is in a team."""
+    """A machine where this runs as user 1000, who has a group of its own and is in a team."""
     users = {
         0: ("root", 0, "/bin/bash"),
         5: ("sync", 0, "/bin/sync"),
@@ -64,7 +64,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         in_roots_group: Sequence[str] = (),
         accounts: Mapping[int, tuple[str, int, str]] = MappingProxyType({}),
     ) -> None:
-        """As this user; with further members of its group and of root's, and further accounts."""
+        """Run as this user, with more members of its group and of root's, and more accounts."""
         groups[MY_GROUP] = ("ann", members or [])
         groups[0] = ("root", list(in_roots_group))
         users.update(accounts)
@@ -88,7 +88,7 @@ def status(mode: int, uid: int = MINE, gid: int = MY_GROUP, kind: int = stat.S_I
 
 @pytest.fixture
 def seen_as(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
-    """A real file, of which the system says what it is told to; so of its folder."""
+    """Return a real file whose status, and whose folder's, the test sets."""
     path = tmp_path / "file"
     path.write_text("content")
 
@@ -122,7 +122,7 @@ def seen_as(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pa
 def test_key_file_of_its_owner_and_his_groups_is_read(
     machine: Machine, seen_as: Callable[..., Path], file: object
 ) -> None:
-    """A group that this process is in may read it: so do secrets of Kubernetes reach it."""
+    """A key file readable by a group of this process is accepted, as secrets of Kubernetes need."""
     assert b"content" == read_private(seen_as(file), "the file")
 
 
@@ -143,7 +143,7 @@ def test_key_file_of_its_owner_and_his_groups_is_read(
 def test_key_file_that_somebody_else_may_use_is_refused(
     machine: Machine, seen_as: Callable[..., Path], file: object, expected: str
 ) -> None:
-    """With what it is, and the command that mends it."""
+    """A key file that others may use is refused with the reason and the command that fixes it."""
     with pytest.raises(ConfigError, match=f"^the file {expected}"):
         read_private(seen_as(file), "the file")
 
@@ -154,7 +154,7 @@ def test_key_file_that_somebody_else_may_use_is_refused(
 def test_configuration_may_be_read_by_all_and_written_by_its_owners_own_group(
     machine: Machine, seen_as: Callable[..., Path], file: object
 ) -> None:
-    """0664 is what a umask of 002 leaves, where every user has a group alone."""
+    """0664, the result of umask 002 where every user has a group of its own, is accepted."""
     folder = status(0o775, kind=stat.S_IFDIR)
 
     assert b"content" == read_trusted(seen_as(file, folder), "the file")
@@ -172,7 +172,7 @@ def test_configuration_may_be_read_by_all_and_written_by_its_owners_own_group(
 def test_configuration_that_somebody_else_may_write_is_refused(
     machine: Machine, seen_as: Callable[..., Path], file: object, expected: str
 ) -> None:
-    """Unless the operator says that it does not matter."""
+    """Configuration that others may write is refused unless the operator permits it."""
     path = seen_as(file)
 
     with pytest.raises(ConfigError, match=f"^the file {expected}.*, or else$"):
@@ -184,7 +184,7 @@ def test_configuration_that_somebody_else_may_write_is_refused(
 def test_own_group_with_a_second_member_is_nobodys_own(
     machine: Machine, seen_as: Callable[..., Path]
 ) -> None:
-    """Whoever was added to the group may write the file."""
+    """A file is refused if its owner's group has a second member, who could write it."""
     machine(members=["eve"])
 
     with pytest.raises(ConfigError, match="can be written by the group 'ann'"):
@@ -195,7 +195,7 @@ def test_own_group_with_a_second_member_is_nobodys_own(
 def test_own_group_in_which_another_account_begins_is_nobodys_own(
     machine: Machine, seen_as: Callable[..., Path], shell: str
 ) -> None:
-    """Whether or not it is listed as a member; a service may run as one that cannot log in."""
+    """Another account with this primary group counts, listed or not, and even without a login."""
     machine(accounts={1001: ("worker", MY_GROUP, shell)})
 
     with pytest.raises(ConfigError, match="can be written by the group 'ann'"):
@@ -212,7 +212,7 @@ EVE_IS_ROOTS = {FOREIGN: ("eve", 0, "/bin/sh")}
 def test_what_roots_group_may_write_is_refused_where_somebody_else_is_in_it(
     machine: Machine, seen_as: Callable[..., Path], others: dict[str, object]
 ) -> None:
-    """Added to it, or with an account that begins there."""
+    """If root's group has other members or accounts, a file that it may write is refused."""
     path = seen_as(ROOTS)
     assert b"content" == read_trusted(path, "the file")
 
@@ -228,7 +228,7 @@ def test_what_roots_group_may_write_is_refused_where_somebody_else_is_in_it(
 def test_in_a_container_of_openshift_roots_group_is_the_servers(
     machine: Machine, seen_as: Callable[..., Path], accounts: dict[int, tuple[str, int, str]]
 ) -> None:
-    """It runs as a number that no image knows, in root's group; the image may have users there.
+    """OpenShift runs containers as an unknown number in root's group; users of the image are fine.
 
     https://docs.redhat.com/en/documentation/openshift_container_platform/4.18/html/images/creating-images#use-uid_create-images
     """
@@ -245,7 +245,7 @@ def test_in_a_container_of_openshift_roots_group_is_the_servers(
 def test_who_shares_roots_group_with_the_server_is_somebody_else(
     machine: Machine, seen_as: Callable[..., Path]
 ) -> None:
-    """Where the server's user is one that logs in."""
+    """If the server's user can log in, another account in root's group is a stranger."""
     machine(accounts={MINE: ("ann", 0, "/bin/sh"), **EVE_IS_ROOTS})
 
     with pytest.raises(ConfigError, match="can be written by the group 'root'"):
@@ -264,7 +264,7 @@ def test_who_shares_roots_group_with_the_server_is_somebody_else(
 def test_folder_in_which_somebody_else_may_replace_the_file_is_refused(
     machine: Machine, seen_as: Callable[..., Path], folder: object, expected: str
 ) -> None:
-    """Of either kind of file, whatever the file's own mode; the folder is named."""
+    """A folder where others can replace either kind of file is refused and named, at any mode."""
     path = seen_as(status(0o600), folder)
 
     for read in (read_private, read_trusted):
@@ -276,7 +276,7 @@ def test_folder_in_which_somebody_else_may_replace_the_file_is_refused(
 def test_folder_with_the_sticky_bit_is_fine(
     machine: Machine, seen_as: Callable[..., Path], mode: int
 ) -> None:
-    """Nobody can replace another's file there; folders of Kubernetes' secrets are such."""
+    """A sticky folder, as of Kubernetes' secrets, is accepted: others cannot replace its files."""
     folder = status(mode, uid=0, gid=TEAM, kind=stat.S_IFDIR)
 
     assert b"content" == read_private(seen_as(status(0o440, uid=0, gid=TEAM), folder), "the file")
@@ -285,7 +285,7 @@ def test_folder_with_the_sticky_bit_is_fine(
 def test_file_of_whoever_called_sudo_is_his_own(
     machine: Machine, seen_as: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root does not trust a user's file, but for the one who has become root to start this."""
+    """As root, a user's file is refused unless that user started the server through sudo."""
     machine(uid=0)
     path = seen_as(status(0o644))
     with pytest.raises(ConfigError, match="belongs to 'ann'; it must belong to root"):
@@ -311,7 +311,7 @@ def test_what_is_mounted_read_only_is_written_by_nobody(
     file: object,
     folder: object,
 ) -> None:
-    """The kubelet mounts a ConfigMap so, in a folder of mode 0777."""
+    """A read-only mount cannot be written, as a ConfigMap's folder of mode 0777 by the kubelet."""
     path = seen_as(file, folder)
     with pytest.raises(ConfigError, match=r"write|written"):
         read_trusted(path, "the file")
@@ -325,7 +325,7 @@ def test_what_is_mounted_read_only_is_written_by_nobody(
 def test_a_file_of_somebody_else_is_his_on_a_read_only_mount_too(
     machine: Machine, seen_as: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """He writes it where it is not mounted so; secrets that all may read stay open to all."""
+    """On a read-only mount too, another owner or a key that all may read is refused."""
     mounted = SimpleNamespace(f_flag=os.ST_RDONLY)
     monkeypatch.setattr(os, "statvfs", lambda _: mounted)
 
@@ -339,7 +339,7 @@ def test_a_file_of_somebody_else_is_his_on_a_read_only_mount_too(
 def test_folder_of_root_that_a_group_may_write_to_is_fine(
     machine: Machine, seen_as: Callable[..., Path], mode: int
 ) -> None:
-    """`/var/log` of Ubuntu, and `/var/local` of Debian; root alone has made them so."""
+    """A folder of root's that a group may write is accepted: `/var/log`, Debian's `/var/local`."""
     folder = status(mode, uid=0, gid=TEAM, kind=FOLDER)
 
     assert b"content" == read_private(seen_as(status(0o600), folder), "the file")
@@ -348,7 +348,7 @@ def test_folder_of_root_that_a_group_may_write_to_is_fine(
 def test_root_is_told_both_ways_out_of_a_file_of_somebody_else(
     machine: Machine, seen_as: Callable[..., Path]
 ) -> None:
-    """A file that is mounted into a container that runs as root is a user's of the host."""
+    """Root gets both ways out for a user's file, as one mounted into a container from its host."""
     machine(uid=0)
 
     with pytest.raises(ConfigError, match=r"chown 0 .*--user 1000\), or else"):
@@ -373,7 +373,7 @@ def test_nobody_stands_for_root_where_there_is_no_root(
     uid_map: str | None,
     is_fine: bool,
 ) -> None:
-    """In a user namespace of one user, root's files are shown as nobody's."""
+    """In a user namespace of one user, root's files appear as nobody's and are trusted."""
     kernel, mapped = tmp_path / "overflowuid", tmp_path / "uid_map"
     kernel.write_text(f"{FOREIGN}\n")
     if uid_map is not None:
@@ -393,7 +393,7 @@ def test_nobody_stands_for_root_where_there_is_no_root(
 
 
 def secret_volume(folder: Path, mode: int) -> Path:
-    """A secret as the kubelet mounts it: two links in a folder with the sticky bit.
+    """Make a secret as the kubelet mounts it: two links in a folder with the sticky bit.
 
     https://kubernetes.io/docs/concepts/configuration/secret/#using-secrets-as-files-from-a-pod
     """
@@ -408,7 +408,7 @@ def secret_volume(folder: Path, mode: int) -> Path:
 
 
 def test_secret_of_kubernetes_is_read_through_its_links(tmp_path: Path) -> None:
-    """With `defaultMode: 0440`; with what it is by default, everybody may read it."""
+    """A Kubernetes secret with `defaultMode: 0440` is read through its links; the default fails."""
     assert 1 == len(read_key_file(secret_volume(tmp_path / "a", 0o440)))
 
     with pytest.raises(ConfigError, match="is open to every user of the machine"):
@@ -418,7 +418,7 @@ def test_secret_of_kubernetes_is_read_through_its_links(tmp_path: Path) -> None:
 def test_what_is_read_is_what_was_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file that takes the path over in between is not read."""
+    """A file that takes over the path after the check is not read."""
     path, other = tmp_path / "keys", tmp_path / "other"
     path.write_text("sk-own")
     other.write_text("sk-foreign")
@@ -441,7 +441,7 @@ def test_what_is_read_is_what_was_looked_at(
 def test_folder_that_everybody_may_write_to_is_refused_with_the_command_to_run(
     tmp_path: Path, name: str
 ) -> None:
-    """By its own name, or through a link to it."""
+    """A world-writable folder is refused with a working command, by its name or through a link."""
     folder = tmp_path / "open to all"
     folder.mkdir()
     (tmp_path / "link").symlink_to(folder)
@@ -460,7 +460,7 @@ def test_folder_that_everybody_may_write_to_is_refused_with_the_command_to_run(
 
 @pytest.mark.parametrize("name", ["shared/keys", "own/link", "own/up/keys"])
 def test_link_in_an_open_folder_is_refused(tmp_path: Path, name: str) -> None:
-    """Who may replace the link chooses the file; be it one of several links on the way to it."""
+    """Links in an open folder are refused anywhere on the way: replacing one chooses the file."""
     own, shared = tmp_path / "own", tmp_path / "shared"
     own.mkdir(mode=0o700)
     shared.mkdir()
@@ -483,7 +483,7 @@ def test_link_in_an_open_folder_is_refused(tmp_path: Path, name: str) -> None:
 def test_link_of_somebody_else_in_a_folder_with_the_sticky_bit_is_refused(
     tmp_path: Path, mode: int, name: str
 ) -> None:
-    """He has it lead to another of root's files tomorrow; nobody else can do that."""
+    """A stranger's link in a sticky folder is refused, because its owner can change its target."""
     own, shared = tmp_path / "own", tmp_path / "shared"
     own.mkdir(mode=0o700)
     shared.mkdir()
@@ -500,7 +500,7 @@ def test_link_of_somebody_else_in_a_folder_with_the_sticky_bit_is_refused(
     for link in (shared / "keys", shared / "own"):
         os.chown(link, 65534, 65534, follow_symlinks=False)
 
-    # Where nobody follows such links (protected_symlinks), the file cannot be opened.
+    # Where such links are not followed (protected_symlinks), the file cannot be opened.
     by_system = "|Permission denied" if mode == 0o1777 else ""
     refused = "is found through the link .*; run: chown -h 0 "
     with pytest.raises(ConfigError, match=refused + by_system) as caught:
@@ -512,7 +512,7 @@ def test_link_of_somebody_else_in_a_folder_with_the_sticky_bit_is_refused(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give links away")
 def test_link_of_somebody_else_in_a_folder_that_only_root_writes_to_is_fine(tmp_path: Path) -> None:
-    """He can do nothing with it."""
+    """A stranger's link in a folder that only root can write is accepted: it cannot be changed."""
     (tmp_path / "keys").write_text("sk-one\n")
     (tmp_path / "keys").chmod(0o600)
     (tmp_path / "link").symlink_to("keys")
@@ -524,7 +524,7 @@ def test_link_of_somebody_else_in_a_folder_that_only_root_writes_to_is_fine(tmp_
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("mode", [0o600, 0o644])
 def test_file_that_belongs_to_somebody_else_is_refused(tmp_path: Path, mode: int) -> None:
-    """He writes it whenever he likes."""
+    """A file of another user is refused, because its owner can write it at any time."""
     path = tmp_path / "file"
     path.write_text("models: {a: {model: org/a}}")
     path.chmod(mode)
@@ -537,7 +537,7 @@ def test_file_that_belongs_to_somebody_else_is_refused(tmp_path: Path, mode: int
 
 
 def test_configuration_may_come_through_a_pipe(tmp_path: Path) -> None:
-    """As `serve <(template models.yaml)` gives it; keys may not, as they are read again."""
+    """Configuration may come through a pipe, `serve <(template models.yaml)`; keys may not."""
     path = tmp_path / "pipe"
     os.mkfifo(path, 0o600)
     with subprocess.Popen(["/bin/sh", "-c", f"echo content > {path}"]):
@@ -548,7 +548,7 @@ def test_configuration_may_come_through_a_pipe(tmp_path: Path) -> None:
 
 
 def with_list(path: Path, *entries: tuple[int, int, int]) -> Path:
-    """The path with a list of tag, permissions and number each: linux/posix_acl.h."""
+    """Give the path a list of tag, permissions and number each: linux/posix_acl.h."""
     packed = b"".join(struct.pack("<HHI", *entry) for entry in entries)
     try:
         os.setxattr(path, "system.posix_acl_access", struct.pack("<I", 2) + packed)
@@ -560,7 +560,7 @@ def with_list(path: Path, *entries: tuple[int, int, int]) -> Path:
 
 
 def let_in(uid: int, permissions: int) -> list[tuple[int, int, int]]:
-    """The owner and a user; the mode shows the mask, which the user needs, as the group's bits."""
+    """Return a list of the owner and a user; the mode's group bits show the mask that it needs."""
     nobody = 2**32 - 1
     return [
         (0x01, 7, nobody),
@@ -573,7 +573,7 @@ def let_in(uid: int, permissions: int) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("permissions", [4, 6])
 def test_key_file_whose_list_lets_others_in_is_refused(tmp_path: Path, permissions: int) -> None:
-    """The group's bits of the mode say nothing then of the group."""
+    """A key file whose list admits others is refused: its mode does not show the group's rights."""
     path = tmp_path / "keys"
     path.write_text("a-key")
     with_list(path, *let_in(FOREIGN, permissions))
@@ -585,7 +585,7 @@ def test_key_file_whose_list_lets_others_in_is_refused(tmp_path: Path, permissio
 def test_a_list_that_lets_others_read_a_key_counts_where_nobody_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a read-only mount they may read it all the same."""
+    """On a read-only mount, too, a list that lets others read a key file is refused."""
     path = tmp_path / "keys"
     path.write_text("a-key")
     with_list(path, *let_in(FOREIGN, 6))
@@ -596,7 +596,7 @@ def test_a_list_that_lets_others_read_a_key_counts_where_nobody_writes(
 
 
 def test_configuration_that_a_list_lets_others_write_is_refused(tmp_path: Path) -> None:
-    """They may read it."""
+    """Configuration may be readable through a list, but not writable."""
     path = tmp_path / "models.yaml"
     path.write_text("content")
     with_list(path, *let_in(FOREIGN, 4))
@@ -608,7 +608,7 @@ def test_configuration_that_a_list_lets_others_write_is_refused(tmp_path: Path) 
 
 
 def test_the_way_to_a_pipe_is_looked_at_too(tmp_path: Path) -> None:
-    """Somebody else could put another one there."""
+    """The path to a pipe is checked too: others could replace the pipe."""
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)

@@ -1,4 +1,4 @@
-"""Long work on the event loop: in pieces, one in each turn, and nobody's before another's."""
+"""Long work on the event loop: in pieces, one per turn, shared among all works."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_hotswap.turns import Turns, Work
 
 
 class Clock:
-    """Counts the turns of the event loop."""
+    """Count the turns of the event loop."""
 
     def __init__(self) -> None:
         self.turn = 0
@@ -25,7 +25,7 @@ class Clock:
 
 
 async def test_one_turn_of_the_loop_has_one_piece_of_all_works() -> None:
-    """However many there are, long ones and short ones, those that come last and those that end."""
+    """Each turn of the loop has one piece of all works, long, short, late or ending."""
     clock, turns = Clock(), Turns()
     had: list[int] = []
 
@@ -45,7 +45,7 @@ async def test_one_turn_of_the_loop_has_one_piece_of_all_works() -> None:
 
 
 async def test_a_short_work_waits_one_piece_of_a_long_one() -> None:
-    """Not until that is through."""
+    """A short work waits for one piece of a long one, not for all."""
     turns = Turns()
     had: list[str] = []
 
@@ -65,7 +65,7 @@ async def test_a_short_work_waits_one_piece_of_a_long_one() -> None:
 
 
 async def test_a_work_that_fails_or_is_given_up_holds_up_nobody() -> None:
-    """The next one has its turn."""
+    """A work that fails or is cancelled delays no other."""
     turns = Turns()
 
     def failing() -> Work[None]:

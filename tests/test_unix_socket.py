@@ -1,4 +1,4 @@
-"""A Unix domain socket: who may connect, whose it is, and that nothing of it is left."""
+"""A Unix domain socket: who may connect, who owns it, and that nothing of it is left."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def connects(path: Path) -> bool:
 
 
 def stale(path: Path) -> None:
-    """What a killed server leaves."""
+    """Leave a socket as a killed server does."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o027, 0o000], indirect=True)
 def test_the_umask_counts(umask: int, path: Path) -> None:
-    """As for every other file that a program makes."""
+    """The socket's mode follows the umask, as for every other file."""
     bound = UnixSocket.bind(path)
 
     assert 0o777 & ~umask == mode_of(path)
@@ -60,7 +60,7 @@ def test_the_umask_counts(umask: int, path: Path) -> None:
 @pytest.mark.parametrize("umask", [0o077, 0o000], indirect=True)
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
 def test_a_mode_counts_whatever_the_umask(umask: int, mode: int, path: Path) -> None:
-    """Both wider and narrower."""
+    """A given mode wins over the umask, both wider and narrower."""
     bound = UnixSocket.bind(path, mode)
 
     assert mode == mode_of(path)
@@ -68,7 +68,7 @@ def test_a_mode_counts_whatever_the_umask(umask: int, mode: int, path: Path) -> 
 
 
 def test_nobody_connects_before_the_server_listens(path: Path) -> None:
-    """As with a TCP port that is bound while models are loaded; nothing waits without an answer."""
+    """Until the server listens connections are refused, as on a bound TCP port; none hangs."""
     bound = UnixSocket.bind(path)
     before = connects(path)
     bound.sock.listen()
@@ -79,7 +79,7 @@ def test_nobody_connects_before_the_server_listens(path: Path) -> None:
 
 
 def test_a_stale_socket_is_replaced(path: Path) -> None:
-    """The server that made it was killed."""
+    """A stale socket, left by a killed server, is replaced."""
     stale(path)
 
     bound = UnixSocket.bind(path)
@@ -91,7 +91,7 @@ def test_a_stale_socket_is_replaced(path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
 def test_a_socket_of_another_program_is_left_alone(kind: socket.SocketKind, path: Path) -> None:
-    """Whatever its kind; the refusal is that of a TCP port in use."""
+    """Another program's socket of any kind is left alone, and refused like a TCP port in use."""
     with socket.socket(socket.AF_UNIX, kind) as other:
         other.bind(str(path))
         if kind != socket.SOCK_DGRAM:
@@ -105,7 +105,7 @@ def test_a_socket_of_another_program_is_left_alone(kind: socket.SocketKind, path
 
 
 def test_a_socket_whose_server_is_busy_is_in_use(path: Path) -> None:
-    """Its backlog is full, so that no connection is made."""
+    """A socket is in use even if a full backlog makes connecting fail."""
     with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as client:
         other.bind(str(path))
         other.listen(0)
@@ -116,7 +116,7 @@ def test_a_socket_whose_server_is_busy_is_in_use(path: Path) -> None:
 
 
 def test_a_server_that_still_loads_has_its_socket(path: Path, tmp_path: Path) -> None:
-    """Under whatever name the folder is reached; it listens to nothing yet."""
+    """A server that is loading owns its socket, under any name of the folder, before it listens."""
     (tmp_path / "link").symlink_to(tmp_path)
     bound = UnixSocket.bind(path)
 
@@ -128,7 +128,7 @@ def test_a_server_that_still_loads_has_its_socket(path: Path, tmp_path: Path) ->
 
 
 def test_of_servers_that_start_at_once_one_gets_the_socket(path: Path) -> None:
-    """Also where a stale one has to be replaced first."""
+    """Of servers that start at once, one gets the socket, even if it replaces a stale one."""
     stale(path)
 
     def start(_: int) -> UnixSocket | None:
@@ -146,7 +146,7 @@ def test_of_servers_that_start_at_once_one_gets_the_socket(path: Path) -> None:
 
 
 def test_a_file_that_took_the_sockets_place_stays(path: Path) -> None:
-    """Only what a server has made does it remove."""
+    """A file that took the socket's place stays: the server removes only what it made."""
     bound = UnixSocket.bind(path)
     path.unlink()
     path.write_text("another program's")
@@ -159,7 +159,7 @@ def test_a_file_that_took_the_sockets_place_stays(path: Path) -> None:
 def test_a_relative_path_is_removed_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be used where the absolute one would be too long for a socket."""
+    """A relative path, where the absolute is too long for a socket, is removed from anywhere."""
     deep = tmp_path / ("d" * 100)
     deep.mkdir()
     monkeypatch.chdir(deep)
@@ -172,7 +172,7 @@ def test_a_relative_path_is_removed_from_anywhere(
 
 
 def test_a_killed_server_keeps_no_claim(path: Path) -> None:
-    """What it has left is stale at once."""
+    """What a killed server leaves is stale at once."""
     code = (
         "import os, sys; from pathlib import Path; "
         "from vllm_hotswap.unix_socket import UnixSocket; "

@@ -16,7 +16,7 @@ WISHES: dict[str, dict[str, str | None]] = {
 
 
 def seen_by(alias: str, at_start: str | None) -> str | None:
-    """What a model is to find: its own wish, or what the server was started with."""
+    """Return what a model should see: its own value, or the one that the server started with."""
     return WISHES[alias].get("QUANT_CONFIG", at_start)
 
 
@@ -27,7 +27,7 @@ def seen_by(alias: str, at_start: str | None) -> str | None:
 def test_a_model_finds_the_same_whatever_came_before(
     at_start: str | None, steps: list[tuple[str, str]]
 ) -> None:
-    """Loads and activations in any order; after a load, the active model's variables are back."""
+    """A model sees the same values after any loads and activations; a load restores them."""
     environment = {"PATH": "/bin"} | ({"QUANT_CONFIG": at_start} if at_start else {})
     variables, active = Variables(environment), None
     for step, alias in steps:
@@ -44,7 +44,7 @@ def test_a_model_finds_the_same_whatever_came_before(
 
 
 def test_variables_are_back_after_a_load_that_failed() -> None:
-    """An error changes nothing for the active model."""
+    """A failed load restores the active model's variables."""
     environment: dict[str, str] = {}
     variables = Variables(environment)
     variables.learn("file", WISHES["file"])

@@ -1,4 +1,4 @@
-"""The canary: what counts as the same, and what becomes of a model that is not what it was."""
+"""The canary: what counts as the same, and what happens to a model that has changed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POOLED = Canary(pooled=(0.6, -0.8))
     ],
 )
 def test_rounding_makes_no_difference(first: Canary, now: Canary) -> None:
-    """Another batch in half precision gives slightly other numbers, and may turn a tie."""
+    """Rounding, as by another batch in half precision, makes no difference, even in a tie."""
     assert now.difference(first) is None
     assert now.flaw() is None
 
@@ -43,7 +43,7 @@ def test_rounding_makes_no_difference(first: Canary, now: Canary) -> None:
     ],
 )
 def test_difference_is_told(first: Canary, now: Canary, why: str) -> None:
-    """Which one it is."""
+    """A difference is reported with what it is."""
     assert why in str(now.difference(first))
 
 
@@ -56,12 +56,12 @@ def test_difference_is_told(first: Canary, now: Canary, why: str) -> None:
     ],
 )
 def test_flaw_needs_no_comparison(canary: Canary, why: str) -> None:
-    """No healthy model generates it, not even the first time."""
+    """A flaw that no healthy model generates is found without a comparison, even the first time."""
     assert why in str(canary.flaw())
 
 
 async def test_model_is_verified_once_per_load(server: Server) -> None:
-    """Not each time it becomes active: a parked engine has lost nothing."""
+    """A model is verified once per load, not at each activation: a parked engine lost nothing."""
     for alias in ("qwen", "llama", "qwen", "mistral", "qwen"):
         await server.coordinator.switch(alias)
 
@@ -69,7 +69,7 @@ async def test_model_is_verified_once_per_load(server: Server) -> None:
 
 
 async def test_model_is_verified_again_after_a_wake(server: Server) -> None:
-    """Its memory has been away."""
+    """A model is verified again after a wake, because its memory was released."""
     await server.coordinator.switch("qwen")
     await server.operate("llama", "sleep", level=1)
     await server.operate("llama", "wake")
@@ -80,7 +80,7 @@ async def test_model_is_verified_again_after_a_wake(server: Server) -> None:
 
 
 async def test_target_that_is_not_what_it_was_is_unloaded(server: Server) -> None:
-    """The source stays active, held requests get the cause, and the next attempt loads it anew."""
+    """A target that changed is unloaded: the source stays, waiting requests get the cause."""
     await server.coordinator.switch("qwen")
     await server.coordinator.switch("llama")
     await server.operate("qwen", "unload")
@@ -98,7 +98,7 @@ async def test_target_that_is_not_what_it_was_is_unloaded(server: Server) -> Non
 
 
 async def test_default_that_is_not_verified_ends_the_start() -> None:
-    """A server does not begin with it."""
+    """If the default model cannot be verified, the start fails."""
     server = Server()
     await server.host.start()
     server.host.fail_next("verify", "llama", VerifyFailed("llama", "its numbers are not finite"))
@@ -108,7 +108,7 @@ async def test_default_that_is_not_verified_ends_the_start() -> None:
 
 
 async def test_verifying_can_be_left_out(make_server: MakeServer) -> None:
-    """Nobody is asked for a canary."""
+    """Verification can be turned off; then no canary is sent."""
     server = await make_server(verify=False)
 
     await server.coordinator.switch("qwen")

@@ -22,7 +22,7 @@ def loop() -> Iterator[VirtualLoop]:
 
 
 def test_a_day_passes_in_no_time(loop: VirtualLoop) -> None:
-    """Nobody waits for timers; the clock shows afterwards that they have run."""
+    """Virtual time passes at once, and afterwards the clock shows that timers ran."""
     began_s = time.perf_counter()
 
     loop.run(asyncio.sleep(24 * 3600.0))
@@ -32,7 +32,7 @@ def test_a_day_passes_in_no_time(loop: VirtualLoop) -> None:
 
 
 def test_timers_run_in_the_order_of_their_times(loop: VirtualLoop) -> None:
-    """Whoever waits for less is first, whoever began first."""
+    """Timers run in the order of their times, whichever started first."""
     woken: list[float] = []
 
     async def wake_after(seconds: float) -> None:
@@ -48,7 +48,7 @@ def test_timers_run_in_the_order_of_their_times(loop: VirtualLoop) -> None:
 
 
 def test_a_deadline_ends_a_wait_that_nothing_else_would_end(loop: VirtualLoop) -> None:
-    """`asyncio.timeout` counts virtual seconds."""
+    """`asyncio.timeout` counts virtual seconds, and ends a wait that nothing else would."""
 
     async def main() -> None:
         async with asyncio.timeout(60):
@@ -61,7 +61,7 @@ def test_a_deadline_ends_a_wait_that_nothing_else_would_end(loop: VirtualLoop) -
 
 
 def test_a_wait_without_an_end_is_an_error_that_names_who_waits(loop: VirtualLoop) -> None:
-    """A hang does not hang the test."""
+    """A wait without an end is an error that names the waiting task, not a hang of the test."""
 
     async def wait_for_ever() -> None:
         await asyncio.Event().wait()
@@ -71,7 +71,7 @@ def test_a_wait_without_an_end_is_an_error_that_names_who_waits(loop: VirtualLoo
 
 
 def test_busy_waiting_is_an_error(loop: VirtualLoop) -> None:
-    """Time passes only when nothing is ready; who keeps the loop busy keeps it from passing."""
+    """Busy waiting is an error: time passes only when no task is ready."""
 
     async def spin() -> None:
         until_s = loop.time() + 1
@@ -83,7 +83,7 @@ def test_busy_waiting_is_an_error(loop: VirtualLoop) -> None:
 
 
 def test_what_is_under_way_goes_on_with_the_next_run(loop: VirtualLoop) -> None:
-    """Between two runs everything stands still, and nothing is lost."""
+    """Between two runs everything stands still, and work continues with the next."""
     done = asyncio.Event()
 
     async def later() -> None:
@@ -102,7 +102,7 @@ def test_what_is_under_way_goes_on_with_the_next_run(loop: VirtualLoop) -> None:
 
 
 def test_work_for_a_thread_is_done_at_once(loop: VirtualLoop) -> None:
-    """No other thread runs, whose time would be real; its errors are the caller's."""
+    """Work for a thread is done at once in this one; its errors reach the caller."""
     assert 3 == loop.run(asyncio.to_thread(lambda: 3))
 
     with pytest.raises(ZeroDivisionError):

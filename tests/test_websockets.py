@@ -1,4 +1,4 @@
-"""Websockets: which model they are for, how long they hold it, and how they are refused or cut."""
+"""WebSockets: their model, their lease, and how they are refused or aborted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPEECH = FakeSettings(tasks=("realtime",))
 
 @pytest.fixture
 async def speech(make_server: MakeServer) -> Server:
-    """ear is active, ear2 is parked, llama has no websockets, late is cold."""
+    """A server: ear is active, ear2 is parked, llama has no websockets, late is cold."""
     return await make_server(
         aliases=("ear", "ear2", "llama", "late"),
         load=("ear", "ear2", "llama"),
@@ -28,7 +28,7 @@ async def speech(make_server: MakeServer) -> Server:
 
 
 async def test_websocket_goes_to_the_model_of_its_query(speech: Server) -> None:
-    """And holds it while it is open."""
+    """A WebSocket goes to the model of its query, and holds it while it is open."""
     connection = speech.websocket(REALTIME, "model=ear")
     await speech.settled()
     assert 1 == speech.in_flight["ear"]
@@ -44,7 +44,7 @@ async def test_websocket_goes_to_the_model_of_its_query(speech: Server) -> None:
 
 
 async def test_websocket_without_a_model_goes_to_the_active_one(speech: Server) -> None:
-    """As every request does."""
+    """A WebSocket without a model goes to the active one, as a request does."""
     connection = speech.websocket(REALTIME)
     await speech.settled()
 
@@ -53,7 +53,7 @@ async def test_websocket_without_a_model_goes_to_the_active_one(speech: Server) 
 
 
 async def test_held_websocket_hears_its_client_from_the_beginning(speech: Server) -> None:
-    """What the client said meanwhile reaches the model's application, in order."""
+    """A held WebSocket loses nothing: what the client sent reaches the application in order."""
     speech.host.hold("activate", "ear2")
     switch = speech.switch("ear2")
     await speech.settled()
@@ -82,7 +82,7 @@ async def test_held_websocket_hears_its_client_from_the_beginning(speech: Server
 async def test_websocket_that_cannot_be_served_is_refused_with_an_error(
     speech: Server, query: str, expected: tuple[int, str]
 ) -> None:
-    """An HTTP answer in the place of the handshake's, with OpenAI's object."""
+    """A refused WebSocket gets an HTTP response with OpenAI's object, not a handshake."""
     connection = speech.websocket(REALTIME, query)
     await connection.task
 
@@ -91,7 +91,7 @@ async def test_websocket_that_cannot_be_served_is_refused_with_an_error(
 
 
 async def test_websocket_of_an_unknown_path_is_refused_with_an_error(speech: Server) -> None:
-    """Not with the framework's silent 403."""
+    """An unknown path gets an error response, not the framework's silent 403."""
     connection = speech.websocket("/v1/nowhere")
     await connection.task
 
@@ -103,7 +103,7 @@ async def test_websocket_of_an_unknown_path_is_refused_with_an_error(speech: Ser
 async def test_websocket_is_closed_with_the_reason_where_http_is_impossible(
     speech: Server,
 ) -> None:
-    """By a server that cannot send one: 1008, against its rules, and as much as a frame holds."""
+    """Without HTTP responses a WebSocket is closed with 1008 and the reason, cut to one frame."""
     connection = speech.websocket(REALTIME, "model=ear2", can_deny=False)
     await connection.task
 
@@ -114,7 +114,7 @@ async def test_websocket_is_closed_with_the_reason_where_http_is_impossible(
 
 
 async def test_websocket_that_is_open_is_cut_at_the_deadline_of_a_drain(speech: Server) -> None:
-    """It is closed with 1013 and the reason; the switch says how many were cut."""
+    """At a drain's deadline a WebSocket is closed with 1013 and the reason, and is counted."""
     connection = speech.websocket(REALTIME, "model=ear")
     await speech.settled()
 
@@ -129,7 +129,7 @@ async def test_websocket_that_is_open_is_cut_at_the_deadline_of_a_drain(speech: 
 
 
 async def test_websocket_whose_client_leaves_lets_a_drain_end(speech: Server) -> None:
-    """A switch waits for it, and for nobody who is gone."""
+    """A drain waits for an open WebSocket, but not for one whose client has left."""
     connection = speech.websocket(REALTIME, "model=ear")
     await speech.settled()
     switch = speech.switch("ear2", 60)
@@ -145,7 +145,7 @@ async def test_websocket_whose_client_leaves_lets_a_drain_end(speech: Server) ->
 
 
 async def test_client_talks_through_a_real_connection(speech: Server) -> None:
-    """Opened, used and closed by the client; then cut by a switch, with the code and the reason."""
+    """Over a real connection, the client or a switch closes, with the code and the reason."""
     async with listening(speech) as port:
         address = f"ws://127.0.0.1:{port}"
         async with websockets.connect(f"{address}{REALTIME}?model=ear", proxy=None) as client:
@@ -163,7 +163,7 @@ async def test_client_talks_through_a_real_connection(speech: Server) -> None:
 
 
 async def test_client_is_told_in_the_handshake_why_it_is_refused(speech: Server) -> None:
-    """The status and OpenAI's error object are in the answer to the handshake."""
+    """A refusal's status and error object are in the response to the handshake."""
     async with listening(speech) as port:
         address = f"ws://127.0.0.1:{port}"
         with pytest.raises(websockets.InvalidStatus) as refused:

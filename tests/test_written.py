@@ -1,4 +1,4 @@
-"""YAML as it was written: no value changes on its way, and every mistake has a place."""
+"""YAML as it was written: no value changes on its way, and every error has a place."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def refusal(text: str) -> str:
     ],
 )
 def test_a_scalar_that_all_versions_of_yaml_read_alike_is_that(text: str, value: object) -> None:
-    """Numbers, booleans and null; `1e3` is a number, as in YAML 1.2 and JSON."""
+    """Numbers, booleans and null that all versions of YAML agree on stay so; `1e3` is a number."""
     read = read_scalar(text)
 
     assert value == read
@@ -71,7 +71,7 @@ def test_a_scalar_that_all_versions_of_yaml_read_alike_is_that(text: str, value:
 
 @pytest.mark.parametrize("text", ["1.10", "1.0", "+5", "0x1F", "1e3", "-0.50", "10000000000000000"])
 def test_a_number_is_shown_as_it_was_written(text: str) -> None:
-    """Wherever it becomes a text, after copies too; as JSON it is a number as any other."""
+    """A number as text is as it was written, even in copies; as JSON it is an ordinary number."""
     number = read_scalar(text)
     copies = [number, copy.deepcopy(number), pickle.loads(pickle.dumps(number))]  # noqa: S301
 
@@ -81,7 +81,7 @@ def test_a_number_is_shown_as_it_was_written(text: str) -> None:
 
 
 def test_a_written_number_without_a_text_has_the_usual_one() -> None:
-    """Nothing has to be given besides the value."""
+    """A written number that was made without a text has the usual one."""
     assert ["7", "0.1"] == [str(WrittenInt(7)), str(WrittenFloat(0.1))]
 
 
@@ -110,7 +110,7 @@ def test_a_written_number_without_a_text_has_the_usual_one() -> None:
 def test_a_scalar_that_versions_of_yaml_read_otherwise_is_surprising(
     text: str, value: object
 ) -> None:
-    """It is kept with both, its text and what YAML makes of it."""
+    """A scalar that YAML versions read differently is kept as text and as YAML's value."""
     found = read_scalar(text)
 
     assert Surprising(text, value) == found  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def test_a_scalar_that_versions_of_yaml_read_otherwise_is_surprising(
 
 
 def test_not_a_number_is_surprising() -> None:
-    """It is equal to nothing."""
+    """Not-a-number is surprising, because it equals nothing."""
     assert ".nan, which YAML reads as nan" == repr(read_scalar(".nan"))
 
 
@@ -146,14 +146,14 @@ def test_not_a_number_is_surprising() -> None:
     ],
 )
 def test_everything_else_is_a_text(text: str) -> None:
-    """Dates too, which YAML 1.1 would turn into objects."""
+    """Everything else is text, dates too, which YAML 1.1 would turn into objects."""
     assert text == read_scalar(text)
     assert isinstance(read_scalar(text), str)
 
 
 @pytest.mark.parametrize("text", ["'0512'", '"0512"', "!!str 0512", "|-\n  0512"])
 def test_quotes_make_a_text(text: str) -> None:
-    """And so does the tag for it."""
+    """Quotes make a text, and so does the tag for it."""
     assert {"a": "0512"} == read(f"a: {text}")
 
 
@@ -162,7 +162,7 @@ def test_quotes_make_a_text(text: str) -> None:
     [("!!int 7", 7), ("!!float 1.5", 1.5), ("!!bool true", True), ("!!null ''", None)],
 )
 def test_a_tag_is_kept_to(text: str, value: object) -> None:
-    """Where it is right."""
+    """A correct tag is obeyed."""
     assert {"a": value} == read(f"a: {text}")
 
 
@@ -180,7 +180,7 @@ def test_a_tag_is_kept_to(text: str, value: object) -> None:
     ],
 )
 def test_a_tag_that_is_wrong_or_not_known_is_refused(text: str, problem: str) -> None:
-    """With its line."""
+    """A wrong or unknown tag is refused with its line."""
     message = refusal(f"\na: {text}")
 
     assert message.startswith("models.yaml:2: is not valid YAML: ")
@@ -206,7 +206,7 @@ def test_a_tag_that_is_wrong_or_not_known_is_refused(text: str, problem: str) ->
     ],
 )
 def test_a_tag_of_another_kind_of_value_is_refused(text: str, tag: str) -> None:
-    """A list is no text and no number, a text no list; with the place of the value."""
+    """A tag for another kind of value is refused with the value's place, as text for a list."""
     message = refusal(f"\na: {text}")
 
     assert message.startswith("models.yaml:2: is not valid YAML: ")
@@ -217,12 +217,12 @@ def test_a_tag_of_another_kind_of_value_is_refused(text: str, tag: str) -> None:
     "text", [r'a: "\UFFFFFFFF"', r'a: "\U00110000"', f"%YAML 1.{'9' * 5000}\n---\na: b"]
 )
 def test_a_number_that_yaml_cannot_hold_is_refused(text: str) -> None:
-    """A character beyond Unicode, a version of thousands of digits."""
+    """A character beyond Unicode or a version of thousands of digits is refused."""
     assert refusal(text).startswith("models.yaml:1: is not valid YAML: ")
 
 
 def test_surprises_are_found_wherever_they_are() -> None:
-    """In lists and mappings, with the way there."""
+    """Surprises are found in lists and mappings, with their path."""
     value = read("a: [1, {b: 0512}]\nc: no")
 
     assert [(("a", 1, "b"), "0512"), (("c",), "no")] == [
@@ -245,7 +245,7 @@ def test_surprises_are_found_wherever_they_are() -> None:
     ],
 )
 def test_a_key_stays_what_was_written(key: str, shown: str) -> None:
-    """And says what YAML takes it for, if that is no text."""
+    """A key stays as written, and has YAML's value if that is not text."""
     (found,) = read(f"{key}: x")
 
     assert key == found
@@ -254,12 +254,12 @@ def test_a_key_stays_what_was_written(key: str, shown: str) -> None:
 
 
 def test_a_key_in_quotes_is_a_text() -> None:
-    """As any value."""
+    """A key in quotes is a text, as any value."""
     assert [str, str] == [type(key) for key in read("'yes': 1\nplain: 2")]
 
 
 def test_merged_keys_are_replaced_by_own_ones_wherever_they_stand() -> None:
-    """As YAML has it, in a merge of merges and in a list of merges too."""
+    """A merge is replaced by own keys wherever they stand, in nested and listed merges too."""
     text = "a: &a {x: 1, y: 1}\nb: &b {x: 2, <<: *a}\nc: {<<: [*b, *a], z: 3}\n"
 
     assert {"x": 2, "y": 1, "z": 3} == read(text)["c"]
@@ -269,7 +269,7 @@ def test_merged_keys_are_replaced_by_own_ones_wherever_they_stand() -> None:
 
 
 def test_every_key_and_every_item_has_its_line() -> None:
-    """A merged key has that of what it was merged from."""
+    """Every key and item has its line; a merged key has that of its source."""
     text = (
         "models:\n  a: &a\n    seed: 1\n    list:\n    - x\n    - y\n  b:\n    <<: *a\n    z: 2\n"
     )
@@ -285,7 +285,7 @@ def test_every_key_and_every_item_has_its_line() -> None:
 
 
 def test_what_is_not_there_has_the_line_of_what_is_around_it() -> None:
-    """None, if nothing is."""
+    """A missing value has the line of its surroundings, or None if there are none."""
     _, source = read_yaml("models:\n  a: {seed: 1}\n", PATH)
 
     assert "models.yaml:2: models.a.model" == str(source.place("models", "a", "model"))
@@ -314,7 +314,7 @@ def test_what_is_not_there_has_the_line_of_what_is_around_it() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_has_its_place(text: str, expected: str) -> None:
-    """On one line, and without showing what is in the file."""
+    """An unreadable file gives the place of the error on one line, and none of its content."""
     message = refusal(text)
 
     assert message.startswith(expected)
@@ -322,7 +322,7 @@ def test_what_cannot_be_read_has_its_place(text: str, expected: str) -> None:
 
 
 def test_all_that_can_be_told_of_a_text_is_told_at_once() -> None:
-    """In the order of its lines. Of a mapping without an end, its keys are not compared."""
+    """All errors of a text are reported in order; keys of an unclosed mapping are not compared."""
     twice = "a: 1\na: 2\nb: {c: 1, c: 2}\nd: !!int [1]\n"
     tagged = "a: !!int x\nb: !mine 3\nc: !!bool 7\n"
 
@@ -337,7 +337,7 @@ def lines_of(message: str) -> list[int]:
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
 def test_too_many_levels_are_refused(opening: str) -> None:
-    """Rather than ending in a stack trace."""
+    """Too many levels are refused, not ended in a stack trace."""
     message = refusal(opening * 5000)
 
     assert f"more than {MAX_DEPTH} levels of lists and mappings" in message
@@ -345,7 +345,7 @@ def test_too_many_levels_are_refused(opening: str) -> None:
 
 @pytest.mark.parametrize("bomb", ["[{0}, {0}, {0}]", "{{<<: [{0}, {0}, {0}], k{1}: 1}}"])
 def test_aliases_that_multiply_are_refused(bomb: str) -> None:
-    """Each counts as all that it stands for, before any of it is made."""
+    """Aliases count as all that they stand for, and too many are refused before any is made."""
     lines = ["a0: &a0 {x: 1}"]
     lines += [f"a{n}: &a{n} " + bomb.format(f"*a{n - 1}", n) for n in range(1, 40)]
 
@@ -354,7 +354,7 @@ def test_aliases_that_multiply_are_refused(bomb: str) -> None:
 
 @pytest.mark.parametrize("around", ["[{}]", "{{k: {}}}", "{{<<: {}}}"])
 def test_aliases_that_add_levels_are_refused(around: str) -> None:
-    """Each counts as all that it stands for, rather than ending in a stack trace."""
+    """Aliases that add levels are refused in the same way, not ended in a stack trace."""
     lines = ["a0: &a0 {x: 1}"]
     for number in range(1, 40):
         value = f"*a{number - 1}"
@@ -369,7 +369,7 @@ def test_aliases_that_add_levels_are_refused(around: str) -> None:
 
 
 def test_many_models_are_not_too_many() -> None:
-    """Hundreds of them, with all their settings shared."""
+    """Hundreds of models with shared settings are not too many."""
     shared = ", ".join(f"k{number}: {number}" for number in range(30))
     text = f"d: &d {{{shared}}}\n" + "\n".join(f"m{number}: {{<<: *d}}" for number in range(500))
 

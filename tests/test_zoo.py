@@ -11,7 +11,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 
 
 def test_the_page_lists_the_models_that_are_run() -> None:
-    """Every one, with what it has, and with vLLM's message where it cannot be run."""
+    """The page lists every model that is run, and vLLM's message where one cannot be."""
     rows = [line for line in PAGE.read_text().splitlines(keepends=True) if line.startswith("| `")]
     listed = [row for row in rows if row.count("|") == 5]
 
@@ -19,6 +19,6 @@ def test_the_page_lists_the_models_that_are_run() -> None:
 
 
 def test_every_model_has_a_name_of_its_own() -> None:
-    """And what vLLM cannot run has a message to be found by."""
+    """Every model has a unique name, and an unsupported one a message to be found by."""
     assert len(ZOO) == len({model.alias for model in ZOO})
     assert all(model.cannot for model in ZOO if model.unless)

@@ -1,9 +1,9 @@
 """An event loop under virtual time: hours of timers, deadlines and back-offs in milliseconds.
 
-When nothing is ready the loop does not sleep: its clock jumps to the next timer. Where there is no
-timer either, nothing can ever happen again, and whoever waits would wait for ever: that is an
-error which names the waiting tasks, not a test that is timed out. Nothing in a run depends on
-how fast the machine is, so that a run which is replayed takes the same way.
+When nothing is ready the loop does not sleep: its clock jumps to the next timer. Without a timer,
+nothing can ever happen again, and tasks would wait for ever: that is an error which names the
+waiting tasks, not a test timeout. Nothing in a run depends on the speed of the machine, so a
+replayed run takes the same path.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 START_S = 1000.0
-"""What the clock shows first. Not zero, which code might take for "never"."""
+"""The first time of the clock. Not zero, which code might take for "never"."""
 
 MOST_TURNS = 100_000
-"""Turns of the loop at one moment. Who needs more is busy waiting for a time that never comes."""
+"""Turns of the loop at one moment. Code that needs more waits busily for a time."""
 
 
 class NothingCanHappen(Exception):
-    """Everybody waits, and there is neither a timer nor anything else that could end it."""
+    """All tasks wait, without a timer or anything else that could wake one."""
 
 
 class TimeStandsStill(Exception):
-    """Something goes on and on without letting time pass."""
+    """Some task keeps running without letting time pass."""
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop whose clock jumps to the next timer instead of waiting for it.
 
-    Work for threads is done at once, in the loop's own: another one would bring back real time.
+    Work for threads runs at once, in the loop's own thread: another one would bring back real time.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     @property
     def timers(self) -> int:
-        """Timers that are set."""
+        """Number of timers that are set."""
         handles: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
         return sum(not handle.cancelled() for handle in handles)
 
@@ -58,12 +58,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
-        except Exception as error:  # noqa: BLE001  # it is the caller's, as it would be otherwise
+        except Exception as error:  # noqa: BLE001  # the caller gets it, as usual
             future.set_exception(error)
         return future
 
     def run(self, main: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine, and leave whatever else is under way as it is then."""
+        """Run a coroutine, and leave everything else as it then is."""
         task = self.create_task(main)
         try:
             return self.run_until_complete(task)
@@ -76,7 +76,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _Jumping(selectors.DefaultSelector):
-    """Never waits: it has time jump by as long as the loop would have waited."""
+    """Never waits: time jumps by as long as the loop would have waited."""
 
     def __init__(self, jump: Callable[[float], None]) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class _Jumping(selectors.DefaultSelector):
 
 
 def _where(task: asyncio.Task[Any]) -> str:
-    """The innermost line at which a task waits."""
+    """Return the innermost line at which a task waits."""
     coroutine: Any = task.get_coro()
     while getattr(coroutine, "cr_await", None) is not None and hasattr(
         coroutine.cr_await, "cr_frame"

@@ -1,9 +1,9 @@
-"""A whole server, its clients and a ledger, under virtual time: what the invariants are held to.
+"""A whole server, its clients and a ledger, under virtual time: the subject of the invariants.
 
-A `World` is one server on fake engines. Its methods are what may happen to it, from a request to
-the death of an engine; none of them waits, and `turn`, `settle` and `let_pass` let things go on.
-Every client writes down what it sees, as a client of an HTTP server would see it, and an
-`Invariant` looks at the ledger, at the server's events and at the server itself.
+A `World` is one server on fake engines. Its methods are possible happenings, from a request to the
+death of an engine. None of them waits; `turn`, `settle` and `let_pass` let things continue. Every
+client records what a client of an HTTP server would see. An `Invariant` checks the ledger, the
+server's events and the server itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MIB = 1 << 20
 SETTINGS = FakeSettings(
     load_s=5, activate_s=1, token_s=1, sleep_s=1, wake_s=2, unload_s=1, levels=frozenset([1, 2])
 )
-"""Whole seconds, so that much happens in the very same moment."""
+"""Whole seconds, so that many things happen at exactly the same moment."""
 
 RECOVERY = RecoveryConfig(
     max_restarts=3,
@@ -51,12 +51,12 @@ C = TypeVar("C", bound="Call")
 E = TypeVar("E", bound=Event)
 
 LONG_S = 100_000.0
-"""Longer than anything may take that the settings of a world bound."""
+"""Longer than anything whose time a world's settings limit."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a world is made."""
+    """The parameters of a world."""
 
     models_that_fit: int = 3
     max_waiting: int = 1024
@@ -68,13 +68,13 @@ class Shape:
     burst: int = 2000
     client_timeout: float = 20
     is_watched: bool = False
-    """Whether the host is asked for signs of life."""
+    """Whether the host is probed for signs of life."""
     idles: bool = False
-    """Whether a model is put to sleep when nobody uses it."""
+    """Whether an idle model is put to sleep."""
     slices: int = 0
-    """In how many parts a model wakes that sleeps, on a device that is not the host's memory."""
+    """Number of slices in which a sleeping model wakes, on a device with memory of its own."""
     policy: str | None = None
-    """Of the mode `auto`; None: the mode is `manual`."""
+    """The policy of the mode `auto`; None: the mode is `manual`."""
 
     @property
     def settings(self) -> FakeSettings:
@@ -89,7 +89,7 @@ class Shape:
 
 @dataclass(eq=False)
 class Call:
-    """One HTTP request, and all that its client sees of it."""
+    """One HTTP request, and everything that its client sees of it."""
 
     path: str
     body: Mapping[str, Any]
@@ -102,20 +102,20 @@ class Call:
     answer: bytearray = field(default_factory=bytearray)
     complete: bool = False
     broken: bool = False
-    """The server has closed the connection before the answer was complete."""
+    """The server closed the connection before the answer was complete."""
     mistake: BaseException | None = None
     left: bool = False
     ended_s: float | None = None
-    """When the server was done with it."""
+    """When the server finished it."""
     surplus: int = 0
-    """Messages that came after the end of the answer."""
+    """Number of messages that came after the end of the answer."""
     has_always_read: bool = True
     is_refused: bool = False
-    """Whether the server wants to tell an error, which may have to wait for the client to read."""
+    """Whether the server wants to send an error, which may have to wait for the client to read."""
     blocked_s: float | None = None
-    """Since when the server has waited for the client to take something."""
+    """Since when the server has waited for the client to read."""
     on_piece: Callable[[Call, bytes], None] | None = None
-    """Told of every piece of the answer."""
+    """Called with every piece of the answer."""
 
     def __post_init__(self) -> None:
         self._name = f"<{self.path} {dict(self.body)} t={self.began_s - START_S:g}"
@@ -128,7 +128,7 @@ class Call:
         how = "left" if self.left else "open" if self.is_open else self.status
         return f"{self._name} {how}>"
 
-    # --- what the client does -----------------------------------------------------------------
+    # --- actions of the client ----------------------------------------------------------------
 
     def begin(self, app: Any) -> None:
         self.task = self.loop.create_task(self._run(app), name=repr(self))
@@ -148,7 +148,7 @@ class Call:
             self._reads.set()
 
     def walk_away(self) -> None:
-        """Leave so that the server's work on the call is cancelled."""
+        """Disconnect, so that the server's work on the call is cancelled."""
         self.left = True
         self.task.cancel()
 
@@ -176,7 +176,7 @@ class Call:
             await app(scope, self._receive, self._send)
         except AnswerCut:
             pass
-        except Exception as error:  # noqa: BLE001  # whatever it is, it is looked at afterwards
+        except Exception as error:  # noqa: BLE001  # invariants check every kind
             self.mistake = error
         finally:
             self.ended_s = self.loop.time()
@@ -197,7 +197,7 @@ class Call:
         await self._reads.wait()
         self.blocked_s = None
         if self.left:
-            return  # as an HTTP server does: nobody is told
+            return  # as an HTTP server does: no error is raised
         self.surplus += self.complete
         if message["type"] == "http.response.start":
             self.status = message["status"]
@@ -211,7 +211,7 @@ class Call:
         if self.complete:
             self._over.set()
 
-    # --- what came of it ----------------------------------------------------------------------
+    # --- results ------------------------------------------------------------------------------
 
     @property
     def is_open(self) -> bool:
@@ -233,7 +233,7 @@ class Call:
 
     @property
     def is_explicit_failure(self) -> bool:
-        """Whether nobody can take this for an answer, and it says why or is cut in mid-air."""
+        """Whether no client can take this for an answer, and it has a reason or is cut mid-air."""
         return self.broken or self.code is not None
 
     @property
@@ -242,7 +242,7 @@ class Call:
 
     @property
     def code(self) -> str | None:
-        """The code of the error that was the answer, or that ended it."""
+        """The code of the error that was the answer, or that cut it."""
         if not self.complete or self.status is None:
             return None
         if self.status >= 400:
@@ -255,7 +255,7 @@ class Ask(Call):
     """A request for words of a model."""
 
     admitted_s: float | None = None
-    """When it was first seen to hold a lease."""
+    """When it was first found to hold a lease."""
     _parsed: int = 0
     _chunks: list[dict[str, Any]] = field(default_factory=list)
 
@@ -269,7 +269,7 @@ class Ask(Call):
 
     @property
     def chunks(self) -> list[dict[str, Any]]:
-        """The pieces of the answer, the error that ends a stream among them."""
+        """The pieces of the answer, including the error that ends a stream."""
         if len(self.answer) > self._parsed:
             self._parsed, self._chunks = len(self.answer), list(self._parse())
         return self._chunks
@@ -284,14 +284,14 @@ class Ask(Call):
 
     @property
     def text(self) -> str:
-        """The words that have come."""
+        """The words that have arrived."""
         choices = [chunk["choices"][0] for chunk in self.chunks if "choices" in chunk]
         key = "delta" if self.is_streamed else "message"
         return "".join(choice[key]["content"] for choice in choices).strip()
 
     @property
     def models(self) -> set[str]:
-        """Who says to have answered."""
+        """The models that the answer names."""
         return {chunk["model"] for chunk in self.chunks if "model" in chunk}
 
     @property
@@ -312,30 +312,30 @@ class Ask(Call):
 
 @dataclass(eq=False, repr=False)
 class SwitchCall(Call):
-    """A call of the switch endpoint."""
+    """A request to the switch endpoint."""
 
     @property
     def target(self) -> str:
         return str(self.body["model"])
 
     ahead: int = 0
-    """Calls that may have had to be done first."""
+    """Number of calls that may have to be done first."""
 
 
 def words_of(alias: str, count: int) -> str:
-    """What a model answers, as one text."""
+    """Return a model's answer as one text."""
     return " ".join(WORDS[n % len(WORDS)].format(alias=alias) for n in range(count))
 
 
 class Host(FakeHost):
-    """Sees what it is told to do, and how many things at once."""
+    """Records its commands, and how many of them run at once."""
 
     _underway = 0
     most_at_once = 0
     _slices = 0
     most_slices_at_once = 0
     slices_while_moving = 0
-    """Slices of a wake that were begun while a model was moved."""
+    """Slices of a wake that started while a model was moved."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -343,16 +343,16 @@ class Host(FakeHost):
         """What each model generated when it was verified, in order."""
         self.held: set[tuple[str, str]] = set()
         self.told: list[tuple[str, str]] = []
-        """What it was told to do, in order."""
+        """Its commands, in order."""
         self.misstamped = False
-        """Whether outputs ever were somebody else's."""
+        """Whether outputs ever had another model's stamp."""
 
     def hold(self, operation: str, alias: str) -> None:
         super().hold(operation, alias)
         self.held.add((operation, alias))
 
     def let_go(self) -> None:
-        """Hold nothing any more."""
+        """Release all held operations."""
         for operation, alias in self.held:
             self.release(operation, alias)
         self.held.clear()
@@ -362,13 +362,13 @@ class Host(FakeHost):
         return not self._answers.is_set()
 
     def misstamp(self, alias: str) -> None:
-        """Have an engine's outputs be somebody else's, until it is activated again."""
+        """Give an engine's outputs another model's stamp, until it is activated again."""
         engine = self.engines[alias]
         engine.stamp = ("nobody", engine.stamp[1])
         self.misstamped = True
 
     def repair(self) -> None:
-        """Nothing is broken any more."""
+        """Remove all faults."""
         self.let_go()
         self._failures.clear()
         for engine in self.engines.values():
@@ -398,7 +398,7 @@ class Host(FakeHost):
             self._underway -= 1
 
     async def _beside(self, operation: str, alias: str, duration_s: float) -> None:
-        """What goes on while another model is served; whoever moves models need not wait for it."""
+        """Operations beside a served model; moves of other models need not wait for them."""
         self.slices_while_moving += operation == "wake_some" and self.is_busy
         self._slices += operation == "wake_some"
         self.most_slices_at_once = max(self.most_slices_at_once, self._slices)
@@ -410,7 +410,7 @@ class Host(FakeHost):
 
 @dataclass
 class Stay:
-    """A time in which a model was active."""
+    """A period in which a model was active."""
 
     alias: str
     began_s: float
@@ -419,19 +419,19 @@ class Stay:
 
 
 class World:
-    """A server, its clients, and what they and its observers have seen."""
+    """A server, its clients, and everything that they and its observers have seen."""
 
     def __init__(self, shape: Shape, adapter_folders: Sequence[Path] = ()) -> None:
         self.shape = shape
         self.loop = VirtualLoop()
         self.asks: list[Ask] = []
         self.hangs = 0
-        """How often the host was made to do nothing."""
+        """How often the host was hung."""
         self.recent_asks: list[Ask] = []
-        """Those that are open, or were a moment ago."""
+        """Calls that are open, or were a moment ago."""
         self.stays: list[Stay] = []
         self.released: dict[asyncio.Task[Any] | None, list[RequestEnded]] = defaultdict(list)
-        """What was told of the end of each request, by its task."""
+        """What was reported at the end of each request, by its task."""
         self.switches: list[SwitchCall] = []
         self.operations: list[Call] = []
         self.events: list[tuple[float, Event]] = []
@@ -472,7 +472,7 @@ class World:
     async def _start(self) -> None:
         await self.host.start()
         await self.coordinator.start(ALIASES[: min(2, self.shape.models_that_fit)], "llama")
-        self.host.most_at_once = 0  # a start loads several models together
+        self.host.most_at_once = 0  # a start loads several models at the same time
         lasting = {
             "resting": self.coordinator.rest_idle_models(),
             "watching": self.coordinator.recovery.watch(),
@@ -498,11 +498,11 @@ class World:
     def watch(self, kinds: Iterable[type[Invariant]]) -> None:
         self.invariants = [kind(self) for kind in kinds]
 
-    # --- what there is ----------------------------------------------------------------------
+    # --- the present state ------------------------------------------------------------------
 
     @property
     def has_failed_now(self) -> bool:
-        """Whether a switch has failed at this very moment, for which others had waited."""
+        """Whether a switch for which other requests waited has failed at this very moment."""
         return any(
             isinstance(event, SwitchEnded) and event.status == "failed"
             for at_s, event in self.events
@@ -511,24 +511,24 @@ class World:
 
     @property
     def is_automatic(self) -> bool:
-        """Whether the server switches by itself."""
+        """Whether the server switches automatically."""
         return self.coordinator.is_automatic
 
     @property
     def leases(self) -> dict[asyncio.Task[Any] | None, Lease]:
-        """By the task of the request."""
+        """Leases by the task of their request."""
         return {lease.task: lease for model in self.registry for lease in model.leases}
 
     def all_of(self, kind: type[E]) -> list[E]:
         return [event for _, event in self.events if isinstance(event, kind)]
 
     def _date_stays(self) -> None:
-        """The epoch is raised just after it is told that a model is active."""
+        """Date the last stay: the epoch is raised just after a model is reported as active."""
         if self.stays and self.stays[-1].epoch is None:
             self.stays[-1].epoch = self.coordinator.epoch
 
     def active_between(self, began_s: float, ended_s: float) -> set[str]:
-        """Who was active at some time then."""
+        """Return the models that were active at some time in this period."""
         return {
             stay.alias
             for stay in self.stays
@@ -536,7 +536,7 @@ class World:
         }
 
     def active_s(self, alias: str, since_s: float) -> float:
-        """For how long the model has been active since then."""
+        """Return for how long the model has been active since then."""
         stays = [stay for stay in self.stays if stay.alias == alias]
         now_s = self.now_s
         times = [
@@ -545,7 +545,7 @@ class World:
         return sum(max(0.0, time_s) for time_s in times)
 
     def alias_of(self, role: str) -> str | None:
-        """Whom a request names that wants the active model, the target of a switch, or another."""
+        """Return the alias that a request of this role names: active, target, other or none."""
         active, target = self.coordinator.active, self.coordinator.target
         match role:
             case "active":
@@ -557,14 +557,14 @@ class World:
         return None
 
     def drain_timeout_of(self, target: str) -> float:
-        """What the calls that may have begun the switch under way allow, at most."""
+        """Return the longest drain timeout of calls that may have started the present switch."""
         ended_s = [time_s for time_s, event in self.events if isinstance(event, SwitchEnded)]
         since_s = ended_s[-1] if ended_s else START_S
         calls = [
             call for call in self.switches if call.target == target and call.began_s >= since_s
         ]
         timeouts = [call.body.get("drain_timeout", self.shape.drain_timeout) for call in calls]
-        return float(max(timeouts, default=0))  # recovery's own switch waits for nobody
+        return float(max(timeouts, default=0))  # recovery's own switch waits for no request
 
     # --- time -----------------------------------------------------------------------------------
 
@@ -573,7 +573,7 @@ class World:
         return self.loop.time()
 
     def turn(self, turns: int) -> None:
-        """Let everybody who can go on do so, a few times; no time passes."""
+        """Give every runnable task a few turns; no time passes."""
 
         async def give_way() -> None:
             for _ in range(turns):
@@ -583,7 +583,7 @@ class World:
         self._look()
 
     def settle(self) -> None:
-        """Let everything go on that can without time."""
+        """Let everything run that needs no time."""
         self.loop.run(settled())
         self._look(is_settled=True)
 
@@ -604,7 +604,7 @@ class World:
             invariant.verify()
         self.recent_asks = [ask for ask in self.recent_asks if ask.is_open]
 
-    # --- what clients do ------------------------------------------------------------------------
+    # --- actions of clients ---------------------------------------------------------------------
 
     def ask(self, alias: str | None, words: int = 3, streamed: bool = True) -> Ask:
         body: dict[str, Any] = {"max_tokens": words}
@@ -641,7 +641,7 @@ class World:
         return call
 
     def get(self, path: str) -> Call:
-        """The answer to a question that the server answers at once."""
+        """Return the answer to a request that the server answers at once."""
         call = Call(path, {}, self.now_s, self.loop, "GET")
         call.begin(self.app)
         self.loop.run(settled())
@@ -677,7 +677,7 @@ class World:
     # --- failures -------------------------------------------------------------------------------
 
     def befall(self, happening: Callable[[], None]) -> None:
-        """Have something happen to the host."""
+        """Apply an event to the host."""
 
         async def happen() -> None:
             happening()
@@ -689,12 +689,12 @@ class World:
         return self.shape.is_watched and not self.host.died.done()
 
     def hang(self) -> None:
-        """The host does nothing any more; somebody has to notice."""
+        """Hang the host; the server has to notice."""
         self.hangs += 1
         self.host.hang()
 
     def hold(self, operation: str, alias: str) -> None:
-        """What the host is told to do next is never done."""
+        """Make the host never finish its next command."""
         self.hangs += 1
         self.host.hold(operation, alias)
 
@@ -705,7 +705,7 @@ class World:
     # --- the end --------------------------------------------------------------------------------
 
     def shut_down(self, timeout_s: float) -> None:
-        """Begin to stop the server."""
+        """Start to stop the server."""
         if self.stopping is None:
             self.stop_timeout_s = timeout_s
             self.stopping = self.loop.create_task(self._stop(timeout_s), name="shut_down")
@@ -717,7 +717,7 @@ class World:
         self.stop_took_s = self.now_s - began_s
 
     def finish(self) -> None:
-        """Trouble no more, and see everything end."""
+        """Remove all faults, and wait for the end of everything."""
         self.host.repair()
         for model in self.registry:
             self.coordinator.ladder.pin(model, pinned=False)
@@ -737,7 +737,7 @@ class World:
             await asyncio.wait(tasks, timeout=LONG_S)
 
     def close(self) -> None:
-        while tasks := asyncio.all_tasks(self.loop):  # one that ends may begin another, to recover
+        while tasks := asyncio.all_tasks(self.loop):  # one that ends may start another, to recover
             for task in tasks:
                 task.cancel()
             self.loop.run(self._gather(tasks))
@@ -749,29 +749,29 @@ class World:
 
 
 class Invariant:
-    """Something that is so at any time. Looks at a world from all sides, and changes nothing."""
+    """A condition that holds at any time. It inspects a whole world, and changes nothing."""
 
     def __init__(self, world: World) -> None:
         self.world = world
         self._broken: list[str] = []
 
     def on_event(self, event: Event) -> None:
-        """Something has happened, in the middle of whatever does it."""
+        """Called at an event, in the middle of the code that emits it."""
 
     def on_piece(self, call: Call, piece: bytes) -> None:
-        """A client has got a piece of its answer."""
+        """Called when a client has got a piece of its answer."""
 
     def at_any_time(self) -> None:
-        """Some turns of the loop have passed."""
+        """Called after some turns of the loop."""
 
     def when_settled(self) -> None:
-        """Nothing can go on without time."""
+        """Called when nothing can continue without time."""
 
     def at_end(self) -> None:
-        """All that was begun has had its time."""
+        """Called when everything has had time to end."""
 
     def expect(self, holds: object, otherwise: str) -> None:
-        """Note a breach. It fails the test in the next `verify`, not the server just now."""
+        """Record a breach, which makes the next `verify` fail, but not the server's own code."""
         if not holds:
             self._broken.append(f"t={self.world.now_s - START_S:g}: {otherwise}")
 

@@ -1,1 +1,1 @@
-"""Programs for whoever works on this project; nothing of them is installed."""
+"""Programs for developers of this project; none of them is installed."""

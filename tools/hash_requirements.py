@@ -1,13 +1,13 @@
-"""Write the hashes of the lists in requirements/ anew: `make hashes`.
+"""Write the hashes of the lists in requirements/ again: `make hashes`.
 
-For each line, those of the files that it may be installed from on Linux (x86-64 and Arm), with
+Each line gets those of the files that it may be installed from on Linux (x86-64 and Arm), with
 CPython 3.11 to 3.14: its wheels, and its source archive only where one of these has no wheel. They
 are read from the indexes that pip is configured with, in both forms that indexes have: JSON (PEP
-691) and HTML (PEP 503). No file is downloaded; one that lies on this machine is read.
+691) and HTML (PEP 503). No file is downloaded; one that is on this machine is read.
 
-Who trusts whom: what the indexes say on the day when this runs is what every later installation is
-held to. So a file to which two of them give different hashes is an error, and a change of hashes
-whose version stays is shown line by line, for whoever makes the commit to explain.
+Trust: every later installation is checked against what the indexes say on the day when this runs.
+So a file to which two of them give different hashes is an error. A change of hashes whose version
+stays is shown line by line, for the author of the commit to explain.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ WORKERS = 8
 
 
 class HashError(Exception):
-    """The hashes of a line can't be told; the message says why and what to do."""
+    """The hashes of a line can't be found; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of an index page: its name, address, and SHA-256 (hex; None where untold)."""
+    """One file of an index page: name, address, and SHA-256 (hex; None if the page has none)."""
 
     name: str
     url: str
@@ -65,7 +65,7 @@ class File:
 
 
 def read_page(text: str, kind: str, base: str) -> list[File]:
-    """The files that an index page names.
+    """Return the files that an index page names.
 
     Args:
         text: the page.
@@ -105,7 +105,7 @@ class _Anchors(HTMLParser):
 
 
 def files_for(pin: Pin, files: Iterable[File]) -> list[File]:
-    """The files of a pin's very version that one of the targets would install."""
+    """Yield the files of a pin's very version that one of the targets would install."""
     wheels: dict[File, frozenset[Tag]] = {}
     archives = []
     for file in files:
@@ -125,7 +125,7 @@ def files_for(pin: Pin, files: Iterable[File]) -> list[File]:
 
 
 def _contents(filename: str) -> tuple[str, Version, frozenset[Tag] | None] | None:
-    """Name, version and tags of a file; no tags for a source archive, None for anything else."""
+    """Return name, version and tags of a file; no tags for a source archive, None for others."""
     try:
         if filename.endswith(".whl"):
             name, version, _, tags = parse_wheel_filename(filename)
@@ -142,7 +142,7 @@ def _is(pin: Pin, name: str, version: Version) -> bool:
 
 
 def _wants(pin: Pin, target: tuple[int, str]) -> bool:
-    """Whether a target installs a pin at all: what its marker says."""
+    """Return whether a target installs a pin at all, by its marker."""
     marker = pin.requirement.partition(" ;")[2]
     minor, processor = target
     return not marker or Marker(marker).evaluate(
@@ -164,7 +164,7 @@ def _any_fits(tags: frozenset[Tag], target: tuple[int, str]) -> bool:
 
 
 def _fits(tag: Tag, minor: int, processor: str) -> bool:
-    """Whether CPython 3.MINOR on a Linux with glibc installs wheels of this tag."""
+    """Return whether CPython 3.MINOR on a Linux with glibc installs wheels of this tag."""
     built_for = re.fullmatch(r"(cp|py)3(\d*)", tag.interpreter)
     if built_for is None:
         return False
@@ -178,7 +178,7 @@ def _fits(tag: Tag, minor: int, processor: str) -> bool:
     return tag.abi in {"abi3", "none"} and least <= minor
 
 
-# Where the pages come from
+# Sources of the pages
 
 
 class Indexes:
@@ -201,7 +201,7 @@ class Indexes:
         )
 
     def hashes(self, pin: Pin) -> tuple[str, ...]:
-        """The SHA-256 of each file that counts for a pin.
+        """Return the SHA-256 of each file that counts for a pin.
 
         Taken from the first place that has one; the others may only agree. A build with a local
         version (`+cpu`), which no common index has, keeps its hashes where no place has it.
@@ -231,7 +231,7 @@ class Indexes:
         return [*(f"{index.rstrip('/')}/{name}/" for index in self._indexes), *self._links]
 
     def _files(self, place: str) -> list[File]:
-        """What a page or a folder names; nothing where there is none."""
+        """Return what a page or a folder names; nothing where there is none."""
         path = local(place)
         if path is not None:
             if (path / "index.html").is_file():
@@ -253,13 +253,13 @@ class Indexes:
 
 
 def pips_default() -> str:
-    """The index that pip asks where its configuration names none; only pip's own code has it."""
+    """Return pip's default index without a configuration; only pip's own code has it."""
     url: str = importlib.import_module("pip._internal.models.index").PyPI.simple_url
     return url
 
 
 def local(place: str) -> Path | None:
-    """The folder that an address or a path names; None for one that is not on this machine."""
+    """Return the folder that an address or a path names; None if it is not on this machine."""
     parts = urlsplit(place)
     if parts.scheme in {"", "file"}:
         return Path(unquote(parts.path))
@@ -267,7 +267,7 @@ def local(place: str) -> Path | None:
 
 
 def hash_of(file: File) -> str:
-    """The SHA-256 that a page gives to a file, or that of the file itself where it lies here."""
+    """Return the SHA-256 that a page gives to a file, or that of the file itself if it is here."""
     if file.sha256:
         return file.sha256
     path = local(file.url)
@@ -281,7 +281,7 @@ def hash_of(file: File) -> str:
 
 
 def rewritten(text: str, hashes: Mapping[str, tuple[str, ...]]) -> str:
-    """A list with other hashes, by requirement; comments and order stay."""
+    """Return a list with other hashes, by requirement; comments and order stay."""
     blocks = re.split(r"(?<!\\)\n", text.rstrip("\n"))
     lines = []
     for block in blocks:
@@ -291,7 +291,7 @@ def rewritten(text: str, hashes: Mapping[str, tuple[str, ...]]) -> str:
 
 
 def with_other_builds(pin: Pin, found: tuple[str, ...]) -> tuple[str, ...]:
-    """The hashes of a build with a local version (`+cpu`), those that the list has already first.
+    """Return the hashes of a build with a local version (`+cpu`), those in the list first.
 
     Such builds are on no common index, and a folder of find-links may have one wheel of several.
     """
@@ -299,12 +299,12 @@ def with_other_builds(pin: Pin, found: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def is_local(pin: Pin) -> bool:
-    """Whether a pin's version is that of one build (`+cpu`)."""
+    """Return whether a pin's version is that of one build (`+cpu`)."""
     return "+" in pin.requirement.partition(" ;")[0]
 
 
 def changes(pin: Pin, found: tuple[str, ...]) -> str | None:
-    """What to say of a line that had hashes and has others now."""
+    """Return what to report of a line that had hashes and has others now."""
     gone, new = set(pin.hashes) - set(found), set(found) - set(pin.hashes)
     if not pin.hashes or not (gone or new):
         return None
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def look_up(indexes: Indexes, pins: Iterable[Pin]) -> dict[str, tuple[str, ...]]:
-    """The hashes of each requirement, each looked up once."""
+    """Return the hashes of each requirement, each looked up once."""
     wanted = {pin.requirement: pin for pin in pins}
     with ThreadPoolExecutor(WORKERS) as pool:
         found = dict(zip(wanted, pool.map(indexes.hashes, wanted.values()), strict=True))

@@ -20,7 +20,7 @@ from typing import Any
 
 PACKAGE = "vllm_hotswap"
 SHORTEST_COPY = 6
-"""Statements in a row that are the same in two places count as copied from so many on."""
+"""Runs of at least so many equal statements in two places count as copied."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -45,7 +45,7 @@ class Tree:
     comments: int = 0
     lines: int = 0
     copied: int = 0
-    """Runs of `SHORTEST_COPY` statements that are there more than once, beyond the first."""
+    """Runs of `SHORTEST_COPY` statements that occur more than once, beyond the first."""
 
 
 def read(source: Path) -> Tree:
@@ -77,7 +77,7 @@ def read(source: Path) -> Tree:
 
 
 def module_of(path: Path, folder: Path) -> str:
-    """Its name below the package; a folder's own is the folder's."""
+    """Return its name below the package; a folder's own is the folder's."""
     parts = path.relative_to(folder).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
@@ -91,7 +91,7 @@ def part(module: str, node: ast.ClassDef | Function) -> Part:
 
 
 def comments(text: str) -> Iterator[str]:
-    """Those for people: what tools read does not count."""
+    """Yield comments for people: those for tools do not count."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and not token.string.startswith(
             ("# noqa", "# type:", "#!", "# pragma")
@@ -100,7 +100,7 @@ def comments(text: str) -> Iterator[str]:
 
 
 def imported(parsed: ast.Module, known: Mapping[str, object]) -> Iterator[str]:
-    """Modules of the package that a module imports, wherever in it."""
+    """Yield modules of the package that a module imports, wherever in it."""
     for node in ast.walk(parsed):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -117,7 +117,7 @@ def below(name: str) -> str:
 
 
 def runs_of(function: Function) -> Iterator[str]:
-    """All runs of statements that are long enough to be a copy, without their places."""
+    """Yield all runs of statements that are long enough to be a copy, without their places."""
     for node in ast.walk(function):
         body = getattr(node, "body", None)
         if isinstance(body, list) and len(body) >= SHORTEST_COPY:
@@ -127,7 +127,7 @@ def runs_of(function: Function) -> Iterator[str]:
 
 
 def circles(arrows: set[tuple[str, str]]) -> list[list[str]]:
-    """Groups in which each can be reached from each. Source: Tarjan, 1972."""
+    """Return groups in which each module can be reached from each. Source: Tarjan, 1972."""
     after: dict[str, set[str]] = defaultdict(set)
     for one, other in arrows:
         after[one].add(other)
@@ -158,7 +158,7 @@ def circles(arrows: set[tuple[str, str]]) -> list[list[str]]:
 
 
 def floors(arrows: set[tuple[str, str]]) -> int:
-    """Modules on the longest way of imports; in a circle, each counts once."""
+    """Return how many modules are on the longest path of imports; in a circle, each counts once."""
     after: dict[str, set[str]] = defaultdict(set)
     for one, other in arrows:
         after[one].add(other)
@@ -174,7 +174,7 @@ def floors(arrows: set[tuple[str, str]]) -> int:
 
 
 def report(tree: Tree) -> dict[str, Any]:
-    """The figures."""
+    """Return the figures."""
     rooms = {(room_of(a), room_of(b)) for a, b in tree.arrows if room_of(a) != room_of(b)}
     sizes = [function.lines for function in tree.functions]
     return {

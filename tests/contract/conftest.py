@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def host(backend: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[EngineHost]:
-    """A started host with nothing loaded."""
+    """Return a started host with nothing loaded."""
     with on_cores(share_of_cores()):
         made = fake_host() if backend == "fake" else vllm_host(tmp_path_factory.mktemp("models"))
         await made.start()
@@ -53,7 +53,7 @@ def vllm_host(folder: Path) -> EngineHost:
 
 @pytest.fixture(autouse=True, scope="module")
 def same_environment() -> Iterator[None]:
-    """vLLM's platform code writes environment variables; later tests must not see them."""
+    """Restore variables that vLLM's platform code sets: later tests must not see them."""
     with pytest.MonkeyPatch.context() as patch:
         import os
 

@@ -1,4 +1,4 @@
-"""A frontend whose client has met an error in an output is made anew by the next load."""
+"""A frontend whose client met an error in an output is rebuilt by the next load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 async def test_an_error_in_an_output_costs_one_load(host: EngineHost) -> None:
-    """vLLM's client takes in nothing more then: the model fails, and is whole after a load."""
+    """An error in an output stops vLLM's client: the model fails, and one load heals it."""
     failed: list[tuple[str, str, int]] = []
     host.on_engine_failed(lambda *what: failed.append(what))
     llama: Any = host.engines["llama"]

@@ -1,4 +1,4 @@
-"""What every engine host must do: the same checks on the shipped fake and on the real vLLM.
+"""Requirements on every engine host: the same checks on the shipped fake and the real vLLM.
 
 The tests run in order, on one host, because engines are slow to make: each leaves both models
 loaded.
@@ -25,7 +25,7 @@ from vllm_hotswap.states import LADDER, Residency
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    # vLLM's own, when its field is read, whether or not a request has it
+    # vLLM reads this variable itself, whether or not a request has the field
     pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
 ]
 
@@ -36,7 +36,7 @@ STEP_S = 0.3
 async def test_an_engine_that_is_not_loaded_has_no_app_and_cannot_be_activated(
     host: EngineHost,
 ) -> None:
-    """It says so, and the host goes on; of its routes, only those of other tasks are known."""
+    """Before a load there is no application, activation fails, and routes are known by task."""
     engine = host.engines["llama"]
 
     assert engine.routes is None
@@ -52,7 +52,7 @@ async def test_an_engine_that_is_not_loaded_has_no_app_and_cannot_be_activated(
 
 
 async def test_a_load_reports_its_stages_and_leaves_the_engine_parked(host: EngineHost) -> None:
-    """Stages in order; memory is known; nothing is answered before activation."""
+    """Stages come in order, memory is known, and nothing is answered before activation."""
     stages: list[str] = []
     for engine in host.engines.values():
         stages.clear()
@@ -72,7 +72,7 @@ async def test_a_load_reports_its_stages_and_leaves_the_engine_parked(host: Engi
 
 
 async def test_an_engine_that_was_loaded_tells_its_routes(host: EngineHost) -> None:
-    """Those of its task, and no others; and what it keeps of the Responses API: nothing yet."""
+    """A loaded engine reports its task's routes and no others, and keeps no response yet."""
     engine = host.engines["llama"]
 
     assert engine.routes is not None
@@ -88,7 +88,7 @@ async def test_an_engine_that_was_loaded_tells_its_routes(host: EngineHost) -> N
 
 @pytest.mark.parametrize("alias", ["llama", "qwen"])
 async def test_what_was_foreseen_of_the_routes_holds(host: EngineHost, alias: str) -> None:
-    """Nothing was refused that the application answers, and nothing promised that it does not."""
+    """No route that the application answers was refused, and none was promised that it lacks."""
     foreseen, routes = host.engines[alias].foreseen, host.engines[alias].routes
 
     assert foreseen is not None
@@ -104,7 +104,7 @@ async def test_what_was_foreseen_of_the_routes_holds(host: EngineHost, alias: st
 
 
 async def test_activation_is_idempotent(host: EngineHost) -> None:
-    """Twice is as good as once."""
+    """Activating an engine twice has the same effect as once."""
     await host.engines["qwen"].activate(2)
     await host.engines["qwen"].activate(2)
 
@@ -112,7 +112,7 @@ async def test_activation_is_idempotent(host: EngineHost) -> None:
 
 
 async def test_a_chat_is_answered_in_openais_shape(host: EngineHost) -> None:
-    """In one piece: why it ended, how long it is, and a tool call where a tool is given."""
+    """A chat's answer has a finish reason, its length, and a tool call where a tool is given."""
     qwen = host.engines["qwen"]
     await qwen.activate(2)
     said, called = [
@@ -136,7 +136,7 @@ async def test_a_chat_is_answered_in_openais_shape(host: EngineHost) -> None:
 
 
 async def test_a_chat_is_streamed_in_openais_shape(host: EngineHost) -> None:
-    """The role at first, a reason in the last piece, then the usage, if it is asked for."""
+    """A stream has the role first, a finish reason last, then the usage if requested."""
     more = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 2}
     answer = await chat(host.engines["qwen"], "Who are you?", **more)
     *events, done = answer.text.removesuffix("\n\n").split("\n\n")
@@ -154,7 +154,7 @@ async def test_a_chat_is_streamed_in_openais_shape(host: EngineHost) -> None:
 
 
 async def test_what_is_wrong_with_a_chat_is_told_in_openais_shape(host: EngineHost) -> None:
-    """With a message, and a code that is the status."""
+    """The error for a wrong chat has a message, and a code that equals the status."""
     answer = await chat(host.engines["qwen"], "Who are you?", max_tokens=-1)
 
     error = answer.json()["error"]
@@ -163,7 +163,7 @@ async def test_what_is_wrong_with_a_chat_is_told_in_openais_shape(host: EngineHo
 
 
 async def test_a_request_to_a_parked_engine_waits_for_its_activation(host: EngineHost) -> None:
-    """It is taken in, not lost, and answered later."""
+    """A request to a parked engine is accepted, and answered after the activation."""
     await host.engines["llama"].activate(3)
     waiting = asyncio.create_task(complete(host.engines["qwen"], 3))
     served = await complete(host.engines["llama"], 3)
@@ -179,7 +179,7 @@ async def test_a_request_to_a_parked_engine_waits_for_its_activation(host: Engin
 async def test_a_running_request_freezes_with_its_engine_and_goes_on_later(
     host: EngineHost,
 ) -> None:
-    """Its answer is the one of an undisturbed run."""
+    """The answer of a request that was parked equals that of an undisturbed run."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(5)
     expected = await complete(llama, 400)
@@ -196,7 +196,7 @@ async def test_a_running_request_freezes_with_its_engine_and_goes_on_later(
 
 
 async def test_a_cancelled_request_leaves_a_parked_engine(host: EngineHost) -> None:
-    """The engine takes the abort in while it is parked, and answers the next request at once."""
+    """A parked engine processes the abort, and later answers the next request at once."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(8)
     running = asyncio.create_task(complete(llama, 1500))
@@ -210,7 +210,7 @@ async def test_a_cancelled_request_leaves_a_parked_engine(host: EngineHost) -> N
 
 
 async def test_a_request_that_is_given_up_at_the_door_leaves_nothing(host: EngineHost) -> None:
-    """It has come as far as its engine, which is not active, and never was in it."""
+    """A request cancelled in front of an inactive engine never enters that engine."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(11)
     at_the_door = asyncio.Event()
@@ -235,7 +235,7 @@ async def test_a_request_that_is_given_up_at_the_door_leaves_nothing(host: Engin
 
 @pytest.mark.parametrize("level", [1, 2])
 async def test_a_running_request_survives_sleep(host: EngineHost, level: int) -> None:
-    """Its engine gives memory back and takes it again; the answer is that of an undisturbed run."""
+    """The answer of a request equals that of an undisturbed run, although its engine slept."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(13)
     expected = await complete(llama, 400)
@@ -257,7 +257,7 @@ async def test_a_running_request_survives_sleep(host: EngineHost, level: int) ->
 
 
 async def test_sleep_goes_deeper_from_level_1(host: EngineHost) -> None:
-    """Level 2 after level 1, and back."""
+    """An engine can sleep at level 2 after level 1, and be woken from there."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await llama.activate(14)
     expected = await complete(llama, 20)
@@ -271,7 +271,7 @@ async def test_sleep_goes_deeper_from_level_1(host: EngineHost) -> None:
 
 
 async def test_an_unloaded_engine_keeps_its_frontend_and_comes_back(host: EngineHost) -> None:
-    """Unload twice is as good as once; a reload builds no frontend and answers the same."""
+    """An unload keeps the frontend and can be repeated; after a reload answers are the same."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     expected = await complete(llama, 20)
     frontend = llama.app
@@ -292,7 +292,7 @@ async def test_an_unloaded_engine_keeps_its_frontend_and_comes_back(host: Engine
 
 
 async def test_a_sleeping_engine_can_be_unloaded(host: EngineHost) -> None:
-    """From either level, and loaded again."""
+    """A sleeping engine can be unloaded from either level, and loaded again."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     await qwen.activate(20)
     for level in (1, 2):
@@ -305,7 +305,7 @@ async def test_a_sleeping_engine_can_be_unloaded(host: EngineHost) -> None:
 
 
 async def test_prefetch_reads_no_more_than_it_may(host: EngineHost) -> None:
-    """The limit is in bytes; 0 reads nothing. How far it has come is told."""
+    """A prefetch keeps to its limit in bytes (0 reads nothing), and reports its progress."""
     told: list[int] = []
     assert 0 == await host.engines["llama"].prefetch(0, told.append)
     assert not any(told)
@@ -315,7 +315,7 @@ async def test_prefetch_reads_no_more_than_it_may(host: EngineHost) -> None:
 
 
 async def test_what_a_model_holds_falls_along_the_ladder(host: EngineHost) -> None:
-    """And what all may hold is known."""
+    """A model holds less on each lower residency; the most that all may hold is known."""
     footprint = host.engines["llama"].footprint
     held = [footprint.at(residency).device for residency in LADDER]
 
@@ -326,7 +326,7 @@ async def test_what_a_model_holds_falls_along_the_ladder(host: EngineHost) -> No
 
 
 async def test_the_host_tells_its_pid_and_memory(host: EngineHost) -> None:
-    """And it has not died."""
+    """The host reports its process id and its memory, and that it has not died."""
     stats = host.stats()
 
     assert stats.pid > 0
@@ -335,11 +335,11 @@ async def test_the_host_tells_its_pid_and_memory(host: EngineHost) -> None:
 
 
 def free() -> None:
-    """Nobody objects to an adapter."""
+    """Accept every name of an adapter."""
 
 
 async def test_an_adapter_is_answered_for_by_its_name(host: EngineHost, tmp_path: Path) -> None:
-    """Added while its engine is parked, it outlives a reload; removed, it is unknown."""
+    """An adapter that was added while parked survives a reload, and is unknown once removed."""
     llama, qwen = host.engines["llama"], host.engines["qwen"]
     folder = write_adapter(tmp_path / "pirate", "llama")
     await qwen.activate(22)
@@ -365,7 +365,7 @@ async def test_an_adapter_is_answered_for_by_its_name(host: EngineHost, tmp_path
 async def test_an_adapter_that_cannot_be_used_leaves_all_as_it_was(
     host: EngineHost, tmp_path: Path
 ) -> None:
-    """One of its name is served on, with its number; the next one has another."""
+    """A refused replacement leaves the adapter with its id; the next one gets another id."""
     llama = host.engines["llama"]
     good = write_adapter(tmp_path / "good", "llama")
     high = write_adapter(tmp_path / "high", "llama", rank=17)
@@ -384,7 +384,7 @@ async def test_an_adapter_that_cannot_be_used_leaves_all_as_it_was(
 
 
 async def chat(engine: Engine, question: str, **more: Any) -> httpx.Response:
-    """A greedy answer, through the engine's own application."""
+    """Return a greedy answer through the engine's own application."""
     transport = httpx.ASGITransport(engine.app)  # type: ignore[arg-type]
     messages = [{"role": "user", "content": question}]
     body = {"model": engine.alias, "messages": messages, "temperature": 0, **more}
@@ -393,7 +393,7 @@ async def chat(engine: Engine, question: str, **more: Any) -> httpx.Response:
 
 
 async def complete(engine: Engine, max_tokens: int, model: str | None = None) -> dict[str, object]:
-    """A greedy completion of exactly `max_tokens`, through the engine's own application."""
+    """Return a greedy completion of exactly `max_tokens` through the engine's own application."""
     response = await answer_to(engine, max_tokens, model)
     assert response.status_code == 200, response.text
     answer: dict[str, object] = response.json()
@@ -406,7 +406,7 @@ async def complete_under(lease: Lease, engine: Engine) -> dict[str, object]:
 
 
 def unfinished(engine: Engine) -> int:
-    """Requests that its frontend has and that have not ended; the fake knows of none."""
+    """Requests that its frontend has and that have not ended; the fake knows none."""
     client = getattr(engine.app.state, "engine_client", None)  # type: ignore[attr-defined]
     return client.get_num_unfinished_requests() if client is not None else 0
 

@@ -1,7 +1,7 @@
-"""The board of the stand-in: what the device holds, how often what was called, failures to order.
+"""The board of the stand-in: what the device holds, counts of calls, failures to order.
 
 The layout is that of `standin.h`. The file is shared with all processes that use the device, so a
-test can tell a running server's driver to fail.
+test can make a running server's driver fail.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Board:
     """The device as a test sees it. Sizes are bytes, of all processes together."""
 
     def __init__(self, path: Path) -> None:
-        """The file may be there already, or be made for a server that is yet to start."""
+        """Open the file; it may exist, or is made for a server that is yet to start."""
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             os.ftruncate(file, ctypes.sizeof(_Board))
@@ -63,31 +63,31 @@ class Board:
 
     @property
     def used(self) -> int:
-        """Of the device, contexts included; others' too."""
+        """Return bytes in use on the device, contexts and other processes included."""
         return self.others + self._sum("used")
 
     @property
     def reserved(self) -> int:
-        """Addresses, with memory or without."""
+        """Return reserved addresses, with memory or without."""
         return self._sum("reserved")
 
     @property
     def pinned(self) -> int:
-        """Host memory."""
+        """Return pinned host memory."""
         return self._sum("pinned")
 
     @property
     def handles(self) -> int:
-        """Pieces of physical memory that can be mapped."""
+        """Return pieces of physical memory that can be mapped."""
         return self._sum("handles")
 
     @property
     def streams(self) -> int:
-        """Those that were made through the driver, as ours are; torch's come from the runtime."""
+        """Return streams made through the driver, as ours are; torch's come from the runtime."""
         return self._sum("streams")
 
     def books(self) -> dict[str, int]:
-        """All of them."""
+        """Return all counts."""
         return {
             name: getattr(self, name)
             for name in ("used", "reserved", "pinned", "handles", "streams")
@@ -99,7 +99,7 @@ class Board:
 
     @property
     def others(self) -> int:
-        """Memory that some other process is said to hold."""
+        """Return memory that another process is said to hold."""
         return int(self._board.others)
 
     @others.setter
@@ -107,7 +107,7 @@ class Board:
         self._board.others = nbytes
 
     def calls(self) -> dict[str, int]:
-        """How often each function was called that can be told to fail."""
+        """Return how often each function was called that can be made to fail."""
         counts: dict[str, int] = {}
         for count in self._board.calls[: self._board.names]:
             name = count.name.decode()
@@ -116,12 +116,12 @@ class Board:
 
     @property
     def failed(self) -> int:
-        """How many calls have failed by order."""
+        """Return how many calls have failed by order."""
         return int(self._board.failed)
 
     @contextmanager
     def failing(self, call: str, place: int = 1, code: int = UNKNOWN) -> Iterator[None]:
-        """Inside, the `place`-th call of a function fails, once."""
+        """Inside, let the `place`-th call of a function fail, once."""
         self._board.fails_in = 0
         self._board.fail_name, self._board.fail_code = call.encode(), code
         self._board.fails_in = place

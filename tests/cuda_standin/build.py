@@ -1,7 +1,7 @@
 """Build the stand-in for a CUDA device: `PYTHON -m tests.cuda_standin.build FOLDER`.
 
 PYTHON is one that has torch's build for CUDA 13 and triton: their wheels bring NVIDIA's headers and
-the real libcudart, whose list of functions says which there have to be. What is not written in C
+the real libcudart, whose list of functions is the list that is needed. What is not written in C
 here gets a function that does nothing. Needs gcc and nm (binutils).
 """
 
@@ -39,7 +39,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Wheels:
-    """Where NVIDIA's files are in an environment."""
+    """The places of NVIDIA's files in an environment."""
 
     driver_headers: Path
     runtime_headers: Path
@@ -47,7 +47,7 @@ class Wheels:
 
     @classmethod
     def of_this_python(cls) -> Wheels:
-        """Raises `BuildError` if one is missing."""
+        """Find them in this Python. Raises `BuildError` if one is missing."""
         site = Path(sysconfig.get_path("purelib"))
         found = cls(
             site / "triton/backends/nvidia/include",
@@ -88,14 +88,14 @@ def build(folder: Path) -> None:
 
 
 def compiled(work: Path, name: str, include: Iterable[str], source: Path | None = None) -> Path:
-    """One source of ours, or one that was made."""
+    """Compile one source of ours, or one that was made."""
     to = work / f"{name}.o"
     gcc(*FLAGS, *include, "-c", source or HERE / f"{name}.c", "-o", to)
     return to
 
 
 def link(to: Path, parts: Iterable[Path], *options: str) -> None:
-    """A library, put into its place at once: a program may have the old one loaded."""
+    """Link a library and replace the old one at once: a program may have that loaded."""
     made = to.with_name(f".{to.name}")
     gcc("-shared", "-fPIC", *parts, f"-Wl,-soname,{to.name}", *options, "-o", made)
     made.replace(to)
@@ -106,7 +106,7 @@ def on_driver(folder: Path) -> tuple[str, ...]:
 
 
 def stubs(work: Path, name: str, wanted: set[str], parts: Iterable[Path]) -> Path:
-    """Functions that do nothing and say that it went well, for all that nobody has written."""
+    """Return functions that do nothing and report success, for all that are not written."""
     names = sorted(wanted - set[str]().union(*(exported(part, "--defined-only") for part in parts)))
     source = work / f"{name}.c"
     source.write_text("".join(f"int {each}(void) {{ return 0; }}\n" for each in names))
@@ -114,12 +114,12 @@ def stubs(work: Path, name: str, wanted: set[str], parts: Iterable[Path]) -> Pat
 
 
 def declared(header: str) -> set[str]:
-    """The driver's functions by the names that its library exports."""
+    """Return the driver's functions by the names that its library exports."""
     return {*DECLARED.findall(header), *RENAMED.findall(header)}
 
 
 def exported(library: Path, *options: str) -> set[str]:
-    """Functions of a library or an object."""
+    """Return functions of a library or an object."""
     listing = output("nm", *(options or ("-D", "--defined-only")), str(library))
     found = (line.split() for line in listing.splitlines())
     names = {words[2].partition("@")[0] for words in found if len(words) > 2 and words[1] in "Tt"}
@@ -138,7 +138,7 @@ def output(*command: str) -> str:
 
 
 def environment(folder: Path, others: Mapping[str, str]) -> dict[str, str]:
-    """What has a program find the stand-in instead of the real libraries; on top of `others`."""
+    """Return variables that lead a program to the stand-in; plus `others`."""
     paths = [str(HERE / "made_up"), others.get("PYTHONPATH", "")]
     return {
         "LD_LIBRARY_PATH": str(folder),

@@ -11,7 +11,7 @@ import psutil
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Bytes, but for `pieces` (held now) and `allocations` (ever made). As they lie in the file."""
+    """Bytes, except `pieces` (held now) and `allocations` (ever made). As they lie in the file."""
 
     limit: int
     held: int
@@ -26,7 +26,7 @@ FORMAT = struct.Struct("=7Q")
 
 
 def read(folder: Path) -> dict[int, Counts]:
-    """Of every living process, by its number."""
+    """Return the counts of every living process, by its number."""
     files = ((int(path.name), path) for path in folder.iterdir() if path.name.isdigit())
     return {
         pid: Counts(*FORMAT.unpack(path.read_bytes()[: FORMAT.size]))

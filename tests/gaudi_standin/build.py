@@ -23,7 +23,7 @@ class BuildError(Exception):
 
 
 def torch_folder() -> Path:
-    """Without importing torch, which may look for this very library. Raises `BuildError`."""
+    """Find torch without importing it, which may look for this library. Raises `BuildError`."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         raise BuildError(
@@ -45,7 +45,7 @@ def build(folder: Path) -> None:
     include = (torch / "include", torch / "include/torch/csrc/api/include")
     command = ["g++", *FLAGS, *(f"-I{path}" for path in include), str(source), "-o", str(made)]
     command += [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-Xlinker", "-rpath"]
-    command += ["-Xlinker", str(torch / "lib")]  # -Wl would part it at commas
+    command += ["-Xlinker", str(torch / "lib")]  # -Wl would split it at commas
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BuildError(f"g++ has failed:\n{done.stderr.strip()}")
@@ -53,7 +53,7 @@ def build(folder: Path) -> None:
 
 
 def environment(folder: Path, others: Mapping[str, str]) -> dict[str, str]:
-    """What has a program find the stand-in as Intel's runtime; on top of `others`."""
+    """Return variables that lead a program to the stand-in as Intel's runtime; plus `others`."""
     paths = [str(SITE), others.get("PYTHONPATH", "")]
     return {
         "FAKEHPU_LIBRARY": str(folder / LIBRARY),

@@ -22,7 +22,7 @@ HOLD = "import torch; made = torch.ones(3, device='hpu'); print('held', flush=Tr
 
 @contextmanager
 def held_by_another(board: Path) -> Iterator[None]:
-    """Another process has the device whose counts are in this folder."""
+    """Hold the device, whose counts are in this folder, in another process."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLD],
         env={**os.environ, "FAKEHPU_BOARD": str(board)},

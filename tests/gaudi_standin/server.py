@@ -1,4 +1,4 @@
-"""A server on the stand-in for a Gaudi, what it is asked, and what another program would answer.
+"""A server on the stand-in for a Gaudi, its requests, and what another program would answer.
 
 Answers are compared by tokens and by their logarithmic probabilities: the tiny models say much the
 same to everything.
@@ -89,14 +89,14 @@ def status(server: ServerProcess, model: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens that were said to each prompt, and how probable they and the next ones were."""
+    """The tokens that answer each prompt, and how probable they and the next ones were."""
 
     tokens: list[list[int]]
     logprobs: list[float]
 
 
 def ask(server: ServerProcess, model: str, prompts: list[str] = PROMPTS) -> Answer:
-    """One after the other: what is computed together keeps a few bytes more for the next step."""
+    """Ask one after the other: what runs together keeps a few bytes more for the next step."""
     choices = [
         post(
             server,
@@ -129,7 +129,7 @@ def check_same(expected: Answer, answer: Answer) -> None:
 
 
 def by_transformers(checkpoint: Path, prompts: list[str] = PROMPTS) -> Answer:
-    """What transformers answers, on the CPU, without any cache."""
+    """Return what transformers answers, on the CPU, without any cache."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -149,7 +149,7 @@ def by_transformers(checkpoint: Path, prompts: list[str] = PROMPTS) -> Answer:
 
 
 def check_as_transformers(checkpoint: Path, answer: Answer) -> float:
-    """Whether it is that of the checkpoint: the plugin's kernels, blocks and buckets are right.
+    """Check that it is the checkpoint's: the plugin's kernels, blocks and buckets are right.
 
     Returns the largest difference of a logarithmic probability.
     """

@@ -122,7 +122,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def make(folder: Path, name: str, called: str = "", **sizes: int) -> Path:
-    """A folder with the model's configuration and a tokenizer; vLLM makes up its weights."""
+    """Make a folder with the model's configuration and a tokenizer; vLLM makes up its weights."""
     folder = folder / (called or name)
     folder.mkdir()
     for file in (MODELS / "llama").glob("tokenizer*"):

@@ -1,4 +1,4 @@
-"""Shared real servers: engines are slow to start, so every test of a session uses the same."""
+"""Shared real servers: engines are slow to start, so all tests of a session use the same."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ EXTRA_MODELS = """\
 
 
 LONGEST = ("test_zoo", "test_residency", "test_vllm_state", "test_faults", "test_lora")
-"""Modules that begin first, so that at the end no worker is alone with one of them."""
+"""Modules that start first, so that no worker is left alone with one of them at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,12 +47,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if str(item.path).startswith(here):
             item.add_marker(pytest.mark.vllm)
             if item.get_closest_marker("timeout") is None:
-                item.add_marker(pytest.mark.timeout(900))  # its servers share the machine
+                item.add_marker(pytest.mark.timeout(900))  # the servers of these share the machine
 
 
 @pytest.fixture(scope="module", autouse=True)
 def some_cores(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A module's servers get this worker's cores, or all of them if it is marked `all_cores`."""
+    """Give a module's servers this worker's cores, or all of them if it is marked `all_cores`."""
     wants_all = request.node.get_closest_marker("all_cores") is not None
     with on_cores(ALL_CORES if wants_all else share_of_cores()):
         yield
@@ -90,7 +90,7 @@ def server(models_yaml: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def plain_answer(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str, Callable[[ServerProcess], object]], object]:
-    """Asks a plain vLLM server that serves one model alone; it is started for the call."""
+    """Ask a plain vLLM server that serves one model alone, started for the request."""
 
     def ask(alias: str, question: Callable[[ServerProcess], object]) -> object:
         log = tmp_path_factory.mktemp(f"plain-{alias}") / "server.log"
@@ -102,13 +102,13 @@ def plain_answer(
 
 @pytest.fixture(autouse=True)
 def llama_is_active(request: pytest.FixtureRequest) -> None:
-    """Every test of the shared server begins with the default model active."""
+    """Start every test of the shared server with the default model active."""
     if "server" in request.fixturenames:
         request.getfixturevalue("server").switch("llama")
 
 
 def events(lines: Iterator[str]) -> Iterator[object]:
-    """The parsed `data:` fields of an event stream; the string "[DONE]" for the last."""
+    """Return the parsed `data:` fields of an event stream; the string "[DONE]" for the last."""
     for line in lines:
         if line.startswith("data: "):
             data = line.removeprefix("data: ")

@@ -1,4 +1,4 @@
-"""Hosted engines without a server: for programs that look into the process of the engine host."""
+"""Hosted engines without a server: for programs that inspect the engine host's process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ENGINE_ARGUMENTS = {
 
 
 class QuietEngine(HostedEngine):
-    """Keeps its outputs in its queue."""
+    """An engine that keeps its outputs in its queue."""
 
     def process_output_sockets(self, *args: Any, **kwargs: Any) -> None:
         """Send nothing."""
@@ -77,7 +77,7 @@ class Hosted:
         return [round(value, 5) for value in output.pooling_output.flatten()[:8].tolist()]
 
     def ask(self, prompt: list[int], **sampling: Any) -> list[int]:
-        """Token ids of the answer."""
+        """Return the token ids of the answer."""
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(**{"max_tokens": 12, "ignore_eos": True, **sampling})

@@ -1,6 +1,6 @@
 """What is process-wide in vLLM: module globals, class attributes, caches of functions, and more.
 
-`Watch` remembers what each module of vLLM held when it was imported, and tells later what has
+`Watch` remembers what each module of vLLM held when it was imported, and later reports what has
 changed since, in the notation of `vllm_hotswap.compat.state`.
 """
 
@@ -24,7 +24,7 @@ import torch
 
 PACKAGE = "vllm"
 DEPTH = 4
-"""How deep values are compared: a registry of objects with tables, say."""
+"""How deep values are compared, such as a registry of objects with tables."""
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 SEQUENCES = (list, tuple, set, frozenset, deque, weakref.WeakSet)
@@ -36,7 +36,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal
 
 
 class Watch(importlib.abc.MetaPathFinder):
-    """Sees every module of vLLM from the end of its import on."""
+    """Watch every module of vLLM from the end of its import on."""
 
     def __init__(self) -> None:
         self._seen: dict[str, Any] = {}
@@ -49,7 +49,7 @@ class Watch(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Python's own, with a look at the module when it has been executed."""
+        """Return Python's own spec, with a look at the module once it has been executed."""
         if name.partition(".")[0] != PACKAGE:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
@@ -61,7 +61,7 @@ class Watch(importlib.abc.MetaPathFinder):
         self._remember(dict(_of_module(module)))
 
     def changed(self) -> list[str]:
-        """Places with other values than at the last call, or than at the import."""
+        """Return places whose values differ from those at the last call, or at the import."""
         now = dict(_of_process())
         values: dict[str, Any] = {}
         for module in _modules():
@@ -77,7 +77,7 @@ class Watch(importlib.abc.MetaPathFinder):
 
 
 class _Looking(importlib.abc.Loader):
-    """A loader that tells a watch of the module that it has executed."""
+    """A loader that notifies a watch of the module that it has executed."""
 
     def __init__(self, loader: Any, watch: Watch) -> None:
         self._loader, self._watch = loader, watch
@@ -95,7 +95,7 @@ class _Looking(importlib.abc.Loader):
 
 
 def _without_copies(values: dict[str, Any]) -> Iterator[str]:
-    """One place for each object: modules import objects from each other."""
+    """Yield one place for each object: modules import objects from each other."""
     seen: set[int] = set()
     for place in sorted(values, key=lambda place: (place.count("."), place)):
         value = values[place]
@@ -111,7 +111,7 @@ def _modules() -> Iterator[types.ModuleType]:
 
 
 def _of_module(module: types.ModuleType) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """The fingerprint and the value of each place."""
+    """Yield the fingerprint and the value of each place."""
     for name, value in list(vars(module).items()):
         place = f"{module.__name__}:{name}"
         if _is_state(name, value) and not _is_cache_from_elsewhere(module, value):
@@ -163,7 +163,7 @@ def _is_of_vllm(value: Any) -> bool:
 
 
 def _of_process() -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """What vLLM may set elsewhere in the process."""
+    """Yield what vLLM may set elsewhere in the process."""
     for name, value in os.environ.items():
         yield f"os:environ[{name}]", (value, value)
     for place, value in _settings():

@@ -24,12 +24,12 @@ STOP_TIMEOUT_S = 30.0
 
 ROOT = Path(__file__).parents[2]
 FROM_HERE = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
-"""For a process that imports tests: Python does not look into the start folder by itself there."""
+"""For a process that imports tests: Python does not search the start folder by itself there."""
 
 QUICKSTART_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 PLAIN_MODULE = "vllm.entrypoints.openai.api_server"
 MANY_REFUSALS = {"VLLM_HOTSWAP_LIMITS_REFUSALS_PER_SECOND": "10000"}
-"""One test asks for more that is refused than a client may in its time."""
+"""One test sends more refused requests than a client may in its time."""
 
 
 @dataclass
@@ -88,11 +88,11 @@ class ServerProcess:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def all_processes(self) -> list[psutil.Process]:
-        """The API process first."""
+        """Return all processes, the API process first."""
         return [psutil.Process(self.process.pid), *self.descendants()]
 
     def listening(self) -> set[tuple[int, str, int]]:
-        """Process, address and port of every TCP socket of them on which anybody can connect."""
+        """Return process, address and port of every TCP socket of them that accepts connections."""
         return {
             (process.pid, connection.laddr.ip, connection.laddr.port)
             for process in self.all_processes()
@@ -101,7 +101,7 @@ class ServerProcess:
         }
 
     def stop(self) -> int:
-        """SIGTERM, then wait. Returns the exit status; kills what does not end in time."""
+        """Send SIGTERM and wait. Return the exit status; kill what does not end in time."""
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -132,7 +132,7 @@ class ServerProcess:
         return result
 
     def complete(self, alias: str, prompt: str, max_tokens: int = 48) -> str:
-        """A greedy completion, to its end or `max_tokens`."""
+        """Return a greedy completion, up to its end or `max_tokens`."""
         body = {"model": alias, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
         response = self.post("/v1/completions", body)
         assert response.status_code == 200, response.text
@@ -140,7 +140,7 @@ class ServerProcess:
         return text
 
     def chat(self, alias: str, question: str, **extra: object) -> dict[str, object]:
-        """The message of a greedy chat answer."""
+        """Return the message of a greedy chat answer."""
         body = {
             "model": alias,
             "messages": [{"role": "user", "content": question}],
@@ -164,7 +164,7 @@ class ServerProcess:
 def plain_server(
     model: Path, log: Path, max_model_len: int, kv_cache: str = "64M"
 ) -> Iterator[ServerProcess]:
-    """vLLM's own server of one model alone, whose name is that of its folder."""
+    """Start vLLM's own server of one model alone, named after its folder."""
     command = ["-m", PLAIN_MODULE, "--model", str(model), "--served-model-name", model.name]
     command += ["--enforce-eager", "--max-model-len", str(max_model_len)]
     command += ["--kv-cache-memory-bytes", kv_cache]
@@ -179,9 +179,9 @@ COMPILERS = re.compile(r"([\w.]+-)*(c\+\+|g\+\+|gcc|cc|c89|c99|clang(\+\+)?|icp?
 
 
 def without_compilers(folder: Path) -> dict[str, str]:
-    """Environment variables for a process that finds every program but compilers.
+    """Return environment variables for a process that finds every program except compilers.
 
-    And nothing that was compiled before.
+    It also finds nothing that was compiled before.
     """
     programs = folder / "programs"
     programs.mkdir()
@@ -200,9 +200,9 @@ def without_compilers(folder: Path) -> dict[str, str]:
 
 
 def still_there(processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Which of a stopped server's processes do not end by themselves.
+    """Return which of a stopped server's processes do not end by themselves.
 
-    Python's resource tracker ends once it sees that nobody has its pipe open, so after the server.
+    Python's resource tracker ends once no process has its pipe open, so after the server.
     """
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while (left := [each for each in processes if _is_alive(each)]) and time.monotonic() < deadline:

@@ -112,7 +112,7 @@ def compilations() -> int:
 
 
 def hooks() -> int:
-    """How many hooks Dynamo has, each of which keeps a module."""
+    """Return how many hooks Dynamo has, each of which keeps a module."""
     from torch._dynamo.convert_frame import _bytecode_hooks
 
     return len(_bytecode_hooks)
@@ -129,7 +129,7 @@ def resources() -> dict[str, int]:
 
 
 def weights_alive_after_unload(engine: Engine) -> int:
-    """Parameters that something still holds once the model is unloaded."""
+    """Return parameters that something still holds after the model was unloaded."""
     weights = [weakref.ref(weight) for weight in engine.model().parameters()]
     assert weights
     engine.unload()

@@ -49,7 +49,7 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return generate()
 
     def wake_with(spoil: Callable[[Path], None]) -> str:
-        """What a wake says when the checkpoint has been spoiled while the model was discarded."""
+        """Return what a wake raises after the checkpoint of the discarded model was spoiled."""
         weights = folder / "model.safetensors"
         whole = weights.read_bytes()
         spoil(weights)
@@ -90,7 +90,7 @@ def main(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(worker: Any) -> int:
-    """Bytes of parameters, and 1 for each live oneDNN matrix multiplication."""
+    """Return the bytes of parameters, and 1 for each live oneDNN matrix multiplication."""
     from vllm_hotswap.host.weights import Weights
 
     weights = Weights.of(worker.get_model())
@@ -99,7 +99,7 @@ def memory(worker: Any) -> int:
 
 
 def quantise(folder: Path) -> None:
-    """Make the checkpoint one of 8-bit weights, a scale per row, and 8-bit activations."""
+    """Give the checkpoint 8-bit weights, with a scale per row, and 8-bit activations."""
     import torch
     from safetensors.torch import load_file, save_file
 

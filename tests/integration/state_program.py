@@ -1,7 +1,7 @@
 """Programs for `test_vllm_state.py`: engines of unlike models in one process.
 
 `python -m tests.integration.state_program FOLDER PROGRAM ...` writes what each saw to
-`FOLDER/PROGRAM.json`. Each is a fork of a process that has imported this module, and computed
+`FOLDER/PROGRAM.json`. Each is a fork of a process that has imported this module and computed
 nothing.
 """
 
@@ -28,11 +28,11 @@ from vllm_hotswap.compat.inspection import inspected_here
 from vllm_hotswap.host.state import absent, process_state
 
 CHECKPOINTS = {"llama": "llama", "moe": "qwen3-moe", "mamba": "mamba2", "embed": "bert"}
-"""By kind, which of the zoo's."""
+"""The zoo's checkpoints, by kind."""
 
 
 def orders(folder: Path) -> dict[str, Any]:
-    """A mixture of experts after a dense model, and what each says whatever the others do."""
+    """Load a mixture of experts after a dense model, and compare the answers of each."""
     checkpoints = {kind: make(CHECKPOINTS[kind], folder) for kind in ("llama", "moe", "mamba")}
     llama = Hosted(checkpoints["llama"], "llama")
     seen: dict[str, Any] = {"llama": llama.greedy()}
@@ -58,7 +58,7 @@ def orders(folder: Path) -> dict[str, Any]:
 
 
 def draws(folder: Path) -> dict[str, Any]:
-    """What two models answer without a seed while each other is loaded, sleeps and so on."""
+    """Return the unseeded answers of two models while each other is loaded, sleeps and so on."""
     checkpoints = {kind: make(CHECKPOINTS[kind], folder) for kind in ("llama", "moe")}
     llama = Hosted(checkpoints["llama"], "llama", seed=3)
     first = llama.unseeded(2)
@@ -84,10 +84,10 @@ def draws(folder: Path) -> dict[str, Any]:
 
 
 def changes(folder: Path) -> dict[str, Any]:
-    """The process-wide state of vLLM that each operation has changed."""
+    """Return the process-wide state of vLLM that each operation has changed."""
     watch = Watch()
     loading.prepare_host()
-    process_state()  # looks at the state before the first load
+    process_state()  # reads the state before the first load
     watch.changed()
     seen: dict[str, list[str]] = {}
 
@@ -114,14 +114,14 @@ def changes(folder: Path) -> dict[str, Any]:
 
 
 def worker(_: Path) -> list[int]:
-    """What a worker process of a compiled model counts."""
+    """Return what a worker process of a compiled model counts."""
     import vllm_hotswap.host.cpu_worker  # noqa: F401  # which vLLM imports first there
 
     return ranks()
 
 
 def ranks() -> list[int]:
-    """What a small function of vLLM counts, beside a model that may be compiled."""
+    """Return what a small function of vLLM counts, beside a model that may be compiled."""
     from vllm.v1.sample.ops.logprobs import batched_count_greater_than
 
     torch.compiler.set_stance("default")
@@ -137,7 +137,7 @@ def answers(engine: Hosted) -> None:
 
 
 def alone(folder: Path, kind: str, seed: int) -> dict[str, Any]:
-    """What plain vLLM answers in a process of its own, without a seed and greedily."""
+    """Return what plain vLLM answers in a process of its own, without a seed and greedily."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=str(make(CHECKPOINTS[kind], folder)), seed=seed, **ENGINE_ARGUMENTS)
@@ -162,7 +162,7 @@ def fails(act: Callable[[], Any]) -> str:
 
 
 def break_(checkpoint: Path) -> Path:
-    """A copy of a checkpoint with too few weights."""
+    """Make a copy of a checkpoint with too few weights."""
     from safetensors.torch import load_file, save_file
 
     folder = checkpoint.with_name(f"broken-{checkpoint.name}")
@@ -199,7 +199,7 @@ def tell(program: str, folder: Path) -> None:
 
 
 def main(at: str, *programs: str) -> int:
-    """How many of them failed."""
+    """Run the programs; return how many of them failed."""
     folder = Path(at)
     failed = 0
     for program in programs or PROGRAMS:

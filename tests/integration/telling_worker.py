@@ -1,4 +1,4 @@
-"""A worker for tests that tells, at every load and step, what `QUANT_CONFIG` is."""
+"""A worker for tests that reports, at every load and step, what `QUANT_CONFIG` is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_hotswap.host.cpu_worker import HostedCPUWorker
 
 
 class TellingWorker(HostedCPUWorker):
-    """vLLM imports it by its qualified name."""
+    """The worker; vLLM imports it by its qualified name."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         self._tell("load")

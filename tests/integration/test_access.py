@@ -1,4 +1,4 @@
-"""Keys of a real server, and what it tells of secrets that it was given."""
+"""Keys of a real server, and what it reveals of secrets that it was given."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def as_caller(key: str | None) -> dict[str, str]:
 
 @dataclass
 class Guarded:
-    """A server that asks for keys; those of users are in a file."""
+    """A server that requires keys; those of users are in a file."""
 
     server: ServerProcess
     keys: Path
     started_in: Path
-    """A folder with a module of a name that every process imports."""
+    """A folder with a module whose name every process imports."""
 
     def status(self, method: str, path: str, key: str | None, body: object = None) -> int:
         response = self.server.client.request(method, path, headers=as_caller(key), json=body)
@@ -67,8 +67,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
         "VLLM_API_KEY": IN_VARIABLE,
         "CANARY": IN_CONFIGURATION,
         "SESSION_TOKEN": OF_SESSION,
-        "TORCHINDUCTOR_CACHE_DIR": "",  # which torch sets in whatever process imports it
-        "VLLM_CACHE_ROOT": str(folder / "cache"),  # architectures are looked at by a process
+        "TORCHINDUCTOR_CACHE_DIR": "",  # torch sets it in every process that imports it
+        "VLLM_CACHE_ROOT": str(folder / "cache"),  # a separate process inspects architectures
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, python_path))),
     }
     started_in = tmp_path_factory.mktemp("start")
@@ -95,7 +95,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
 def test_keys_let_in_whom_they_are_for(
     guarded: Guarded, method: str, path: str, expected: tuple[int, ...]
 ) -> None:
-    """Nobody, a user and an admin."""
+    """Keys admit those that they are for: no key, a user and an admin."""
     body = {**CHAT, "model": "llama"} if path.endswith("completions") else {"model": "llama"}
     sent = body if method == "POST" else None
 
@@ -103,7 +103,7 @@ def test_keys_let_in_whom_they_are_for(
 
 
 def test_a_hangup_has_the_key_file_read_again(guarded: Guarded) -> None:
-    """While the server runs, models and all; then the old keys count again."""
+    """A hangup reads the key file again while the server runs; then the old keys count again."""
     before = guarded.keys.read_text()
     guarded.keys.write_text("another")
     guarded.server.process.send_signal(signal.SIGHUP)
@@ -118,7 +118,7 @@ def test_a_hangup_has_the_key_file_read_again(guarded: Guarded) -> None:
 
 
 def test_nothing_that_was_planted_is_told(guarded: Guarded) -> None:
-    """No key, no value from the environment and no folder, in any answer; no secret in the log."""
+    """No answer reveals a key, a value of the environment or a folder, and no log a secret."""
     client, folder = guarded.server.client, guarded.keys.parent
     paths = ["/health", "/v1/models", "/v1/models/llama", "/admin/status", "/metrics", "/version"]
     paths += ["/openapi.json", "/admin/openapi.json", "/load", "/nowhere", "/v1/responses/none"]
@@ -143,7 +143,7 @@ def test_nothing_that_was_planted_is_told(guarded: Guarded) -> None:
 
 
 def test_what_vllm_warns_of_for_each_request_makes_few_lines(guarded: Guarded) -> None:
-    """Twenty requests with a temperature that vLLM raises, and says so each time."""
+    """Twenty requests with a temperature that vLLM raises make few lines, though each warns."""
     body = {"model": "llama", "prompt": [5], "max_tokens": 1, "temperature": 0.001}
     sent = [guarded.status("POST", "/v1/completions", USER, body) for _ in range(20)]
     told = guarded.server.log.read_text().count("temperature 0.001 is less than")
@@ -153,13 +153,13 @@ def test_what_vllm_warns_of_for_each_request_makes_few_lines(guarded: Guarded) -
 
 
 def environment_of(pid: int) -> str:
-    """What the system shows of a process's variables to its user."""
+    """Return what the system shows of a process's variables to its user."""
     return Path(f"/proc/{pid}/environ").read_text(errors="replace")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 def test_no_process_shows_a_key(guarded: Guarded) -> None:
-    """Not even the one that was started with them; and the host has nothing of the session's."""
+    """No process shows a key, not even the one started with them; the host has no session data."""
     shown = {p.pid: environment_of(p.pid) for p in guarded.server.all_processes()}
     status = guarded.server.client.get("/admin/status", headers=as_caller(ADMIN)).json()
     host = shown[status["host"]["pid"]]
@@ -171,14 +171,14 @@ def test_no_process_shows_a_key(guarded: Guarded) -> None:
 
 
 def test_nothing_is_imported_from_the_start_folder(guarded: Guarded) -> None:
-    """Neither by the server nor by what it starts, a look at an architecture among it."""
+    """Neither the server nor a child, as for an architecture, imports from the start folder."""
     left = {path.name for path in guarded.started_in.iterdir()}
 
     assert {f"{name}.py" for name in IMPORTED_BY_ALL} == left
 
 
 def test_a_key_finds_no_prompt_of_another_in_the_prefix_cache(guarded: Guarded) -> None:
-    """Only its own, as the cache's metric tells."""
+    """A key finds only its own prompts in the prefix cache, as the cache's metric shows."""
 
     def hits_of(key: str) -> float:
         before = hits()
@@ -196,7 +196,7 @@ def test_a_key_finds_no_prompt_of_another_in_the_prefix_cache(guarded: Guarded) 
 
 
 def test_compiled_code_is_kept_in_private(guarded: Guarded) -> None:
-    """In a folder that is the user's alone; temporary files of the host, too."""
+    """Compiled code is in a folder private to the user, and so are the host's temporary files."""
     status = guarded.server.client.get("/admin/status", headers=as_caller(ADMIN)).json()
     text = environment_of(status["host"]["pid"])
     variables = dict(line.partition("=")[::2] for line in text.split("\0"))
@@ -206,7 +206,7 @@ def test_compiled_code_is_kept_in_private(guarded: Guarded) -> None:
 
 
 def test_pages_of_other_origins_are_let_in_by_nobody_by_default() -> None:
-    """Whatever vLLM's own default is."""
+    """By default no answer lets pages of other origins in, whatever vLLM's own default is."""
     assert [] == serve_parser("test").parse_args([]).allowed_origins
 
 

@@ -1,4 +1,4 @@
-"""Every route of vLLM's real applications, asked through the outer application with every key."""
+"""Every route of vLLM's real applications, requested with each key through the outer one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ LET_IN = {
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelLaunch]:
-    """The demo's models, with whatever flags turn on."""
+    """Prepare the demo's models, with all routes that flags turn on."""
     config = load_config(write(tmp_path_factory.mktemp("models")))
     flags = ["--enable-tokenizer-info-endpoint", "--enable-offline-docs", "--enable-scale-out"]
     made = prepare(config, parse_flags(config, flags)).models
@@ -60,7 +60,7 @@ def real_routes(
     launches: dict[str, ModelLaunch],
     monkeypatch: pytest.MonkeyPatch,
 ) -> set[str]:
-    """What vLLM mounts for one kind of model, with whatever variables turn on, too."""
+    """Return what vLLM mounts for one kind of model, including what variables turn on."""
     from vllm.entrypoints.launchers.app import build_app
 
     for name in ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
@@ -71,7 +71,7 @@ def real_routes(
 
 
 def lines_of(routes: Any) -> Iterator[str]:
-    """`METHOD /path` of each route; a mounted application's path stands for all that it answers."""
+    """Return `METHOD /path` of each route; a mounted application's path stands for all below it."""
     for route in routes:
         kind = type(route).__name__
         assert hasattr(route, "path"), f"{kind} is another kind of route, not known here"
@@ -84,7 +84,7 @@ def lines_of(routes: Any) -> Iterator[str]:
 
 
 class KeepsEverything(FakeResponses):
-    """So that no id is unknown to the model."""
+    """A store that has every id, so that none is unknown to the model."""
 
     def __contains__(self, response_id: object, /) -> bool:
         return True
@@ -95,7 +95,7 @@ class KeepsEverything(FakeResponses):
 
 @pytest.fixture
 async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HotswapApp]:
-    """With a model that has every route, and whose application says that it was reached."""
+    """An application with a model that has every route, and says that it was reached."""
 
     async def reached(scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse("reached")(scope, receive, send)
@@ -106,7 +106,7 @@ async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HotswapApp]:
     engine._routes = ModelRoutes.of((), [Mount("/", reached)])
     engine._kept = KeepsEverything("llama", engine.tokens)
     app = HotswapApp(host, Access(user_keys=("user",), admin_keys=("admin",)))
-    monkeypatch.setattr(app.router.owners, "check", lambda *_: None)  # each asks for its own
+    monkeypatch.setattr(app.router.owners, "check", lambda *_: None)  # each requests its own
     await host.start()
     await app.coordinator.start(["llama"], "llama")
     yield app
@@ -114,7 +114,7 @@ async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HotswapApp]:
 
 
 def role_of(app: HotswapApp, line: str) -> Role | None:
-    """What the table says of exactly this path: another pattern may match it, too."""
+    """Return the table's role for exactly this path: another pattern may match it, too."""
     method, _, path = line.partition(" ")
     found = [route.role for route in app.routes if route.path == path and method in route.methods]
     return found[0] if found else None
@@ -123,7 +123,7 @@ def role_of(app: HotswapApp, line: str) -> Role | None:
 async def test_every_route_of_vllms_applications_is_decided(
     real_routes: set[str], app: HotswapApp
 ) -> None:
-    """It is in the table, or refused on purpose; never by oversight."""
+    """Every route of vLLM's applications is in the table, or refused on purpose."""
     assert "POST /tokenize" in real_routes
     assert {"POST /collective_rpc", "POST /start_profile"} <= real_routes
     assert set() == {line for line in real_routes if role_of(app, line) is None} - VLLM_REFUSED
@@ -133,7 +133,7 @@ async def test_every_route_of_vllms_applications_is_decided(
 async def test_every_route_of_vllms_applications_lets_in_whom_its_role_lets_in(
     real_routes: set[str], app: HotswapApp
 ) -> None:
-    """Who has no key, a user and an admin; what is refused is so with the right status."""
+    """Every route of vLLM accepts its role; a missing, user or admin key gets the right status."""
     wrong = {
         f"{line} for {caller}: {status}"
         for line in real_routes
@@ -147,7 +147,7 @@ async def test_every_route_of_vllms_applications_lets_in_whom_its_role_lets_in(
 
 def expected(role: Role | None, caller: str) -> set[int]:
     if caller in LET_IN[role]:
-        return {200, 400}  # our own routes for adapters miss their body
+        return {200, 400}  # our own adapter routes lack their body
     return {404} if role is None else {401 if caller == "nobody" else 403}
 
 
@@ -166,7 +166,7 @@ DECLARED = re.compile(
 
 
 def test_every_route_in_vllms_source_is_decided() -> None:
-    """Whether it is mounted or not."""
+    """Every route in vLLM's source is decided, whether it is mounted or not."""
     table = HotswapApp(FakeHost(("llama",)), Access()).routes
     paths = {route.path for route in table} | {line.split()[1] for line in VLLM_REFUSED}
     spec = importlib.util.find_spec("vllm")
@@ -183,7 +183,7 @@ def test_every_route_in_vllms_source_is_decided() -> None:
 
 @pytest.mark.parametrize("line", sorted(VLLM_REFUSED))
 def test_real_server_refuses_what_is_never_to_be_reached(server: ServerProcess, line: str) -> None:
-    """Although it was started with `VLLM_SERVER_DEV_MODE=1`."""
+    """`VLLM_SERVER_DEV_MODE=1` does not open routes that are never to be reached."""
     method, path = line.split()
     response = server.client.request(method, path)
 
@@ -192,7 +192,7 @@ def test_real_server_refuses_what_is_never_to_be_reached(server: ServerProcess, 
 
 @pytest.mark.parametrize("alias", ["llama", "embed"])
 def test_real_server_answers_what_it_describes(server: ServerProcess, alias: str) -> None:
-    """Whatever is in a model's own description is in the table, or refused on purpose."""
+    """Every route in a model's own description is in the table, or refused on purpose."""
     server.switch(alias)
     table = HotswapApp(FakeHost(("llama",)), Access())
     paths = server.client.get("/openapi.json").json()["paths"]

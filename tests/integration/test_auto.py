@@ -40,7 +40,7 @@ QUESTION = [{"role": "user", "content": "Who are you?"}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The demo's models, and two that are loaded on demand; nobody ever calls for a switch."""
+    """The demo's models, and two that are loaded on demand; no test calls for a switch."""
     path = write(tmp_path_factory.mktemp("auto"))
     path.write_text(path.read_text() + SETTINGS)
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_HOTSWAP_CONFIG": str(path)}
@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def llama_is_active(server: ServerProcess) -> None:
-    """Because it was asked for."""
+    """Make llama active by a request for it."""
     server.complete("llama", "Hello", max_tokens=1)
 
 
@@ -69,7 +69,7 @@ def epoch(server: ServerProcess) -> object:
 
 @contextmanager
 def stream(server: ServerProcess, alias: str, **body: object) -> Iterator[Iterator[str]]:
-    """The lines of a streamed completion, comments among them."""
+    """Yield the lines of a streamed completion, comments among them."""
     asked = {"model": alias, "stream": True, **body}
     with server.client.stream("POST", "/v1/completions", json=asked) as response:
         assert response.status_code == 200
@@ -78,7 +78,7 @@ def stream(server: ServerProcess, alias: str, **body: object) -> Iterator[Iterat
 
 @contextmanager
 def busy(server: ServerProcess, alias: str) -> Iterator[Iterator[str]]:
-    """A long stream of that model; entered when its first token has arrived."""
+    """Run a long stream of that model; entered when its first token has arrived."""
     with stream(server, alias, **LONG) as lines:
         assert next(lines).startswith("data: ")
         yield lines
@@ -90,7 +90,7 @@ def text_of(lines: list[str]) -> str:
 
 
 def gauges(server: ServerProcess, alias: str) -> dict[str, float]:
-    """What vLLM tells of the requests of that model."""
+    """Return vLLM's own gauges of that model's requests."""
     lines = server.client.get("/metrics").text.splitlines()
     found = {}
     for name in ("running", "waiting"):
@@ -124,7 +124,7 @@ WRONG = [
 def test_wrong_task_loads_and_switches_nothing(
     server: ServerProcess, alias: str, path: str, body: dict[str, object], task: str
 ) -> None:
-    """What a model is for is known from its configuration, before its first load."""
+    """A wrong task loads and switches nothing: the configuration tells what a model is for."""
     before: Any = server.status()
     refused = server.post(path, {"model": alias, **body})
     after: Any = server.status()
@@ -136,7 +136,7 @@ def test_wrong_task_loads_and_switches_nothing(
 
 
 def test_a_form_of_the_wrong_task_loads_and_switches_nothing(server: ServerProcess) -> None:
-    """Audio comes as a form, which names its model in a field."""
+    """A form of the wrong task, as audio with its model in a field, loads and switches nothing."""
     refused = server.client.post("/v1/audio/transcriptions", data={"model": "late"})
     after: Any = server.status()
 
@@ -146,7 +146,7 @@ def test_a_form_of_the_wrong_task_loads_and_switches_nothing(server: ServerProce
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_request_loads_and_switches_nothing(server: ServerProcess, name: str) -> None:
-    """vLLM's own code finds it, without a frontend."""
+    """vLLM's own check finds a bad request without a frontend, so it loads and switches nothing."""
     before: Any = server.status()
     refused = server.post("/v1/chat/completions", {"model": "late", **BAD[name]})
     after: Any = server.status()
@@ -155,11 +155,11 @@ def test_bad_request_loads_and_switches_nothing(server: ServerProcess, name: str
     assert ("cold", before["epoch"]) == (after["models"]["late"]["residency"], after["epoch"])
 
 
-# --- who is served ------------------------------------------------------------------------------
+# --- which requests are served ------------------------------------------------------------------
 
 
 def test_every_model_answers_under_its_name(server: ServerProcess) -> None:
-    """Two that generate and one that embeds, in turn, without any call for a switch."""
+    """Two generating models and one for embeddings answer in turn, without a call for a switch."""
     for alias in ("qwen", "llama", "qwen"):
         answer = ask(server, "/v1/completions", model=alias, prompt="Who are you?", temperature=0)
         assert alias == answer.json()["model"] == answer.headers["x-hotswap-model"]
@@ -171,7 +171,7 @@ def test_every_model_answers_under_its_name(server: ServerProcess) -> None:
 
 
 def test_requests_that_come_together_are_answered_by_their_models(server: ServerProcess) -> None:
-    """Thirty, that alternate between three; none is lost, and none gets another one's answer."""
+    """Of thirty requests alternating between three models, none is lost or answered by another."""
     aliases = ["llama", "qwen", "embed"] * 10
 
     def one(alias: str) -> str:
@@ -185,7 +185,7 @@ def test_requests_that_come_together_are_answered_by_their_models(server: Server
 
 
 def test_one_request_may_be_several_of_the_engine(server: ServerProcess) -> None:
-    """Several prompts, several choices: all of them are answered after the one switch."""
+    """Several prompts or choices in one request are all answered after the one switch."""
     prompts = ["Hello", "Who are you?", "The quick brown fox"]
     answer = ask(
         server, "/v1/completions", model="qwen", prompt=prompts, n=2, max_tokens=12, temperature=1
@@ -196,7 +196,7 @@ def test_one_request_may_be_several_of_the_engine(server: ServerProcess) -> None
 
 
 def test_responses_and_messages_wait_for_their_model(server: ServerProcess) -> None:
-    """Whatever route it is, it is the named model that answers."""
+    """On every route, the named model answers."""
     response = ask(server, "/v1/responses", model="qwen", input="Who are you?").json()
     assert "I am qwen" in response["output"][0]["content"][0]["text"]
     message = ask(server, "/v1/messages", model="llama", messages=QUESTION, max_tokens=32).json()
@@ -204,7 +204,7 @@ def test_responses_and_messages_wait_for_their_model(server: ServerProcess) -> N
 
 
 def test_model_that_was_never_loaded_is_loaded_by_its_first_request(server: ServerProcess) -> None:
-    """In the warm host; it answers as the model does that has the same weights."""
+    """A model's first request loads it in the warm host, and its answer matches its weights."""
     models: Any = server.status()["models"]
     assert "cold" == models["late"]["residency"]
     answer = ask(
@@ -222,7 +222,7 @@ def test_model_that_was_never_loaded_is_loaded_by_its_first_request(server: Serv
 def test_bad_request_gets_vllms_own_answer_and_never_switches(
     server: ServerProcess, name: str
 ) -> None:
-    """At once, word for word what it says when its model is active."""
+    """A bad request gets vLLM's own answer at once, word for word, without a switch."""
     before = epoch(server)
     refused = server.post("/v1/chat/completions", {"model": "qwen", **BAD[name]})
     after = epoch(server)
@@ -234,11 +234,11 @@ def test_bad_request_gets_vllms_own_answer_and_never_switches(
     assert when_active.json() == refused.json()
 
 
-# --- who waits ----------------------------------------------------------------------------------
+# --- waiting requests ---------------------------------------------------------------------------
 
 
 def test_long_request_is_parked_for_one_that_is_due_and_goes_on(server: ServerProcess) -> None:
-    """The one that waits is told so at once; neither loses a token."""
+    """A long request is parked for a due one, is notified at once, and neither loses a token."""
     with stream(server, "llama", **LONG) as lines:
         alone = list(lines)
     with busy(server, "llama") as long:
@@ -258,7 +258,7 @@ def test_long_request_is_parked_for_one_that_is_due_and_goes_on(server: ServerPr
 
 
 def test_client_that_leaves_while_it_waits_leaves_nothing_behind(server: ServerProcess) -> None:
-    """Neither in the queue nor in vLLM, and who was served goes on."""
+    """A client that leaves while it waits leaves nothing in the queue or vLLM; others continue."""
     with busy(server, "llama") as long:
         with stream(server, "qwen", prompt="Hello") as waiting:
             assert ": waiting for qwen" == next(waiting)

@@ -25,7 +25,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "template: {chat_template: bad.jinja}": ("chat template", "endfor"),
     "raising: {chat_template: raising.jinja}": ("chat template", "no such thing"),
 }
-"""A model's alias and settings, with the step that fails and what it says."""
+"""A model's alias and settings, with the step that fails and its message."""
 
 BROKEN = {
     "truncated": ("weights", "model.safetensors"),
@@ -79,7 +79,7 @@ def break_checkpoints(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One check of good models and of every mistake."""
+    """Check good models and every mistake, once."""
     folder = tmp_path_factory.mktemp("check")
     path = write(folder)
     break_checkpoints(folder)
@@ -102,13 +102,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def report(found: dict[str, Any]) -> dict[str, Any]:
-    """What was found out about each model."""
+    """Return what was found out about each model."""
     return {model["alias"]: model for model in found["models"]}
 
 
 @pytest.mark.parametrize("alias", ["llama", "qwen", "embed"])
 def test_nothing_is_wrong_with_the_demos_models(report: dict[str, Any], alias: str) -> None:
-    """Generating and embedding ones."""
+    """The demo's models, generating and embedding, pass."""
     assert {} == report[alias]["problems"]
     assert report[alias]["weights_bytes"] > 0
 
@@ -119,7 +119,7 @@ def test_nothing_is_wrong_with_the_demos_models(report: dict[str, Any], alias: s
     + [(alias, *expected) for alias, expected in BROKEN.items()],
 )
 def test_every_mistake_is_told(report: dict[str, Any], alias: str, step: str, cause: str) -> None:
-    """Not only the first one, each with the step that found it."""
+    """Every mistake is reported, not only the first, each with the step that found it."""
     problems = report[alias]["problems"]
 
     assert cause in problems[step][0]
@@ -128,7 +128,7 @@ def test_every_mistake_is_told(report: dict[str, Any], alias: str, step: str, ca
 
 
 def test_mistakes_are_told_in_the_order_of_the_file(found: dict[str, Any]) -> None:
-    """Those of the YAML, of vLLM's flags and of files together, each with its line."""
+    """Mistakes in the YAML, flags and files are reported together, by line, in the file's order."""
     lines = [mistake["line"] for mistake in found["mistakes"]]
     messages = [mistake["message"] for mistake in found["mistakes"]]
 
@@ -143,7 +143,7 @@ def test_mistakes_are_told_in_the_order_of_the_file(found: dict[str, Any]) -> No
 
 
 def test_memory_is_planned_when_every_model_is_known(tmp_path: Path) -> None:
-    """A table, KV memory as a start would share it, and status 0."""
+    """With every model known, memory is planned as at a start, in a table, with status 0."""
     path = write(tmp_path)
     path.write_text(path.read_text().replace("    kv_cache_memory_bytes: 64M\n", "", 1))
 
@@ -158,7 +158,7 @@ def test_memory_is_planned_when_every_model_is_known(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_fit_are_told(tmp_path: Path) -> None:
-    """With the arithmetic, before anything is loaded."""
+    """Models that cannot fit are reported with the arithmetic, before anything is loaded."""
     path = write(tmp_path)
     path.write_text(
         path.read_text().replace("kv_cache_memory_bytes: 64M", "kv_cache_memory_bytes: 9G")
@@ -171,7 +171,7 @@ def test_models_that_cannot_fit_are_told(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_wrong_itself_is_one_line(tmp_path: Path) -> None:
-    """Nothing is looked at then."""
+    """A file that is itself wrong is one line, and nothing else is checked."""
     path = tmp_path / "models.yaml"
     path.write_text("modles: {}")
 
@@ -184,7 +184,7 @@ def test_a_file_that_is_wrong_itself_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.wide
 def test_a_start_tells_all_mistakes(tmp_path: Path) -> None:
-    """A model that is missing hides neither a key of vLLM nor another section."""
+    """A start reports all mistakes: a missing model hides no vLLM key and no other section."""
     path = tmp_path / "models.yaml"
     path.write_text(
         "models:\n  a:\n    model: ./gone\n    max_model_length: 3\nmemory: {devices: 1GiB}\n"
@@ -204,7 +204,7 @@ def test_a_start_tells_all_mistakes(tmp_path: Path) -> None:
 @pytest.mark.wide
 @pytest.mark.skipif(vllm_version() != "0.32.0", reason="each version has its own flags")
 def test_the_schema_that_ships_has_the_flags_of_vllm() -> None:
-    """`make reference` makes it anew."""
+    """The shipped schema has the flags of vLLM; `make reference` renews it."""
     ended = subprocess.run(
         [sys.executable, "-m", "vllm_hotswap", "schema"],
         capture_output=True,

@@ -128,7 +128,7 @@ def anthropic(server: ServerProcess) -> Iterator[Anthropic]:
 
 
 def ask(openai: OpenAI, alias: str, question: str, **extra: Any) -> Any:
-    """The message of a chat answer, or the stream of its chunks."""
+    """Return the message of a chat answer, or the stream of its chunks."""
     messages = [{"role": "user", "content": question}]
     made = openai.chat.completions.create(
         model=alias,
@@ -149,7 +149,7 @@ def joined(parts: list[Any], field: str) -> str:
 
 
 def streamed_calls(parts: list[Any]) -> list[tuple[str, str]]:
-    """Name and arguments of each tool call that a stream brought in pieces."""
+    """Return name and arguments of each tool call that a stream brought in pieces."""
     names: dict[int, str] = {}
     arguments: dict[int, str] = {}
     for call in (call for part in parts for call in part.tool_calls or []):
@@ -160,7 +160,7 @@ def streamed_calls(parts: list[Any]) -> list[tuple[str, str]]:
 
 
 def test_the_openai_client_lists_every_alias(openai: OpenAI) -> None:
-    """In the order of the file."""
+    """The OpenAI client lists every alias in the order of the file."""
     assert ["llama", "qwen", "embed", "classify"] == [model.id for model in openai.models.list()]
 
 
@@ -168,7 +168,7 @@ def test_the_openai_client_lists_every_alias(openai: OpenAI) -> None:
 def test_a_chat_is_answered_by_the_named_model(
     server: ServerProcess, openai: OpenAI, alias: str
 ) -> None:
-    """Whole and streamed alike, with token counts where they are asked for."""
+    """The named model answers a chat, whole and streamed alike, with token counts on demand."""
     server.switch(alias)
     whole = ask(openai, alias, "Who are you?")
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -184,7 +184,7 @@ def test_a_chat_is_answered_by_the_named_model(
 def test_each_models_tool_calls_are_parsed_by_its_own_parser(
     server: ServerProcess, openai: OpenAI, alias: str
 ) -> None:
-    """llama writes a call as JSON, qwen inside tags; clients see the same, streamed or not."""
+    """llama's JSON and qwen's tags are parsed by each one's parser; clients see the same calls."""
     server.switch(alias)
     whole = ask(openai, alias, WEATHER, tools=[WEATHER_TOOL])
     parts = deltas(ask(openai, alias, WEATHER, tools=[WEATHER_TOOL], stream=True))
@@ -204,7 +204,7 @@ def test_each_models_tool_calls_are_parsed_by_its_own_parser(
 def test_a_tools_answer_goes_back_to_the_model_that_called_it(
     server: ServerProcess, openai: OpenAI, alias: str
 ) -> None:
-    """The second half of a tool call, through the model's own chat template."""
+    """A tool's answer returns to the model that called it, through its own chat template."""
     server.switch(alias)
     message = ask(openai, alias, WEATHER, tools=[WEATHER_TOOL])
     messages = [
@@ -226,7 +226,7 @@ def test_a_tools_answer_goes_back_to_the_model_that_called_it(
 def test_each_models_thoughts_are_parsed_by_its_own_parser(
     server: ServerProcess, openai: OpenAI, alias: str
 ) -> None:
-    """A thought and an answer, streamed or not; without the thought the answer is the same."""
+    """Each model's parser splits thought and answer, streamed or not; the answer stays the same."""
     server.switch(alias)
     extra = {"extra_body": {"chat_template_kwargs": THINKING[alias]}}
     whole = ask(openai, alias, "Who are you?", **extra)
@@ -251,7 +251,7 @@ def test_each_models_thoughts_are_parsed_by_its_own_parser(
 def test_a_thinking_model_calls_tools_too(
     server: ServerProcess, openai: OpenAI, alias: str
 ) -> None:
-    """Both parsers of a model take their part of one answer."""
+    """A thinking model calls tools, too: both of its parsers handle their part of one answer."""
     server.switch(alias)
     extra = {
         "tools": [WEATHER_TOOL],
@@ -271,7 +271,7 @@ def test_a_thinking_model_calls_tools_too(
 def test_reasoning_effort_turns_thoughts_on_and_off(
     server: ServerProcess, openai: OpenAI, alias: str
 ) -> None:
-    """vLLM hands it to the model's own chat template and to its own parser."""
+    """Reasoning effort reaches the model's own chat template and parser through vLLM."""
     server.switch(alias)
     low = ask(openai, alias, "Who are you?", reasoning_effort="low")
     none = ask(openai, alias, "Who are you?", reasoning_effort="none")
@@ -283,7 +283,7 @@ def test_reasoning_effort_turns_thoughts_on_and_off(
 def test_each_model_thinks_by_default_only_if_its_settings_say_so(
     server: ServerProcess, openai: OpenAI
 ) -> None:
-    """`default_chat_template_kwargs` is one model's, across switches."""
+    """`default_chat_template_kwargs` belongs to one model, across switches."""
     thoughts = []
     for alias in ("llama", "qwen", "llama"):
         server.switch(alias)
@@ -294,7 +294,7 @@ def test_each_model_thinks_by_default_only_if_its_settings_say_so(
 
 @pytest.mark.parametrize("alias", CHAT_MODELS)
 def test_an_answer_follows_a_json_schema(server: ServerProcess, openai: OpenAI, alias: str) -> None:
-    """Structured output, read by the client into a class; after a thought, if there is one."""
+    """An answer follows a JSON schema and is read into a class, after a thought if there is one."""
     server.switch(alias)
     answer = openai.chat.completions.parse(
         model=alias,
@@ -315,7 +315,7 @@ def test_an_answer_follows_a_json_schema(server: ServerProcess, openai: OpenAI, 
 
 
 def test_embeddings_are_read_by_the_client(server: ServerProcess, openai: OpenAI) -> None:
-    """In base64, which the client asks for by itself, and as numbers."""
+    """The client reads embeddings in base64, its own default, and as numbers."""
     server.switch("embed")
     texts = ["a cat sits on the mat", "the cat is sitting on a mat"]
     packed = openai.embeddings.create(model="embed", input=texts)
@@ -329,7 +329,7 @@ def test_embeddings_are_read_by_the_client(server: ServerProcess, openai: OpenAI
 def test_responses_are_read_by_the_client(
     server: ServerProcess, openai: OpenAI, alias: str
 ) -> None:
-    """Whole and streamed, with the same text."""
+    """The client reads responses whole and streamed, with the same text."""
     server.switch(alias)
     whole = openai.responses.create(model=alias, input="Who are you?", temperature=0)
     events = list(
@@ -345,7 +345,7 @@ def test_responses_are_read_by_the_client(
 
 @pytest.mark.parametrize("alias", CHAT_MODELS)
 def test_responses_call_tools(server: ServerProcess, openai: OpenAI, alias: str) -> None:
-    """Through the model's own parser, as chats do."""
+    """Responses call tools through the model's own parser, as chats do."""
     server.switch(alias)
     function = WEATHER_TOOL["function"]
     made = openai.responses.create(
@@ -364,7 +364,7 @@ def test_responses_call_tools(server: ServerProcess, openai: OpenAI, alias: str)
 def test_the_clients_exceptions_fit_the_servers_errors(
     server: ServerProcess, openai: OpenAI
 ) -> None:
-    """A model that is not active, one that is not configured, and a wrong parameter."""
+    """The client's exceptions fit errors for inactive and unknown models and wrong parameters."""
     server.switch("llama")
     with pytest.raises(NotFoundError) as parked:
         ask(openai, "qwen", "Hello")
@@ -386,7 +386,7 @@ ANTHROPIC_TOOL = {
 
 
 def message(anthropic: Anthropic, alias: str, question: str, **extra: Any) -> Any:
-    """A greedy answer: that is the tiny models' default, and the client has no word for it."""
+    """Return a greedy answer: the tiny models' default, which the client cannot ask for."""
     return anthropic.messages.create(
         model=alias,
         max_tokens=128,
@@ -403,7 +403,7 @@ def text_of(made: Any) -> str:
 def test_messages_are_read_by_the_anthropic_client(
     server: ServerProcess, anthropic: Anthropic, alias: str
 ) -> None:
-    """Whole and streamed, with the same text."""
+    """The Anthropic client reads messages whole and streamed, with the same text."""
     server.switch(alias)
     whole = message(anthropic, alias, "Who are you?")
     with anthropic.messages.stream(
@@ -420,7 +420,7 @@ def test_messages_are_read_by_the_anthropic_client(
 
 
 def test_thoughts_are_blocks_of_their_own(server: ServerProcess, anthropic: Anthropic) -> None:
-    """Where a model thinks by default, unless the client turns it off."""
+    """Thoughts are separate blocks if a model thinks by default, unless the client disables it."""
     kinds = []
     for alias in CHAT_MODELS:
         server.switch(alias)
@@ -433,7 +433,7 @@ def test_thoughts_are_blocks_of_their_own(server: ServerProcess, anthropic: Anth
 
 @pytest.mark.parametrize("alias", CHAT_MODELS)
 def test_messages_call_tools(server: ServerProcess, anthropic: Anthropic, alias: str) -> None:
-    """Each model's own parser feeds Anthropic's tool blocks, streamed or not."""
+    """Each model's own parser fills Anthropic's tool blocks, streamed or not."""
     server.switch(alias)
     whole = message(anthropic, alias, WEATHER, tools=[ANTHROPIC_TOOL])
     with anthropic.messages.stream(
@@ -454,7 +454,7 @@ def test_messages_call_tools(server: ServerProcess, anthropic: Anthropic, alias:
 
 
 def everything(openai: OpenAI, anthropic: Anthropic, alias: str) -> list[object]:
-    """One answer of each kind."""
+    """Return one answer of each kind."""
     thinking = {"extra_body": {"chat_template_kwargs": THINKING[alias]}}
     thoughtful = ask(openai, alias, "Tell me a joke.", **thinking)
     called = ask(openai, alias, WEATHER, tools=[WEATHER_TOOL]).tool_calls[0].function
@@ -472,7 +472,7 @@ def everything(openai: OpenAI, anthropic: Anthropic, alias: str) -> list[object]
 def test_every_kind_of_answer_is_the_same_after_switches(
     server: ServerProcess, openai: OpenAI, anthropic: Anthropic
 ) -> None:
-    """llama, qwen, embed, llama, qwen: nothing of one model's settings stays with another."""
+    """After llama, qwen, embed, llama, qwen, every answer is the same: no settings leak."""
     answers: dict[str, list[list[object]]] = {alias: [] for alias in CHAT_MODELS}
     for alias in ("llama", "qwen", "embed", "llama", "qwen"):
         server.switch(alias)
@@ -488,7 +488,7 @@ def test_every_kind_of_answer_is_the_same_after_switches(
 
 
 def curl(server: ServerProcess, line: str) -> Any:
-    """What a line of the quickstart prints, sent to this server instead; without jq if need be."""
+    """Run a line of the quickstart against this server, without jq if need be."""
     line = line.replace("http://localhost:8080", server.url)
     if shutil.which("jq") is None:
         line = line.removesuffix(" | jq")
@@ -498,7 +498,7 @@ def curl(server: ServerProcess, line: str) -> Any:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_quickstarts_curl_lines_work_as_they_are(server: ServerProcess) -> None:
-    """List, generate, switch, generate: copied, with only the address replaced."""
+    """The quickstart's curl lines work as copied, with only the address replaced."""
     server.switch("llama")
     listed = curl(server, QUICKSTART_LIST)
     first = curl(server, QUICKSTART_CHAT)

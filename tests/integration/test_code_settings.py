@@ -28,7 +28,7 @@ def tree() -> Tree:
 
 
 def test_every_open_setting_has_been_decided(tree: Tree) -> None:
-    """A new one fails this until somebody has looked whether it names code."""
+    """Every open setting is decided: a new one fails until its use for code is checked."""
     settings = settings_in(tree)
 
     assert [] == [str(s) for s in settings if not s.is_closed and not is_decided(s.name)]
@@ -36,7 +36,7 @@ def test_every_open_setting_has_been_decided(tree: Tree) -> None:
 
 
 def test_every_setting_that_names_code_is_refused(tree: Tree) -> None:
-    """Wherever it stands, whatever its value looks like."""
+    """Every setting that names code is refused, wherever it stands and whatever its value."""
     named = {s.name for s in settings_in(tree) if s.name in CODE}
 
     for name in named:
@@ -47,12 +47,12 @@ def test_every_setting_that_names_code_is_refused(tree: Tree) -> None:
 
 @pytest.mark.wide
 def test_every_import_by_name_has_been_decided(tree: Tree) -> None:
-    """A new one fails this until somebody has looked what reaches it."""
+    """Every import by name is decided: a new one fails until what reaches it is checked."""
     assert {} == {place: call for place, call in imports_in(tree).items() if place not in decided()}
 
 
 def test_the_words_of_vllm_are_the_ones_that_pass(tree: Tree) -> None:
-    """Any other value of such a setting is the name of a class."""
+    """Only vLLM's own words pass: any other value of such a setting is a class's name."""
     from vllm.config.parallel import DistributedExecutorBackend
 
     assert set(get_args(DistributedExecutorBackend)) == CHOICES["distributed_executor_backend"]
@@ -70,7 +70,7 @@ models:
 
 @pytest.mark.parametrize("allow", [False, True])
 def test_a_check_runs_nothing_that_is_refused(tmp_path: Path, allow: bool) -> None:
-    """Nor does vLLM's parser, which a check asks for further mistakes; with permission, it does."""
+    """Neither a check nor vLLM's parser in it runs refused code; with permission, they do."""
     for name in ("evil", "évil", "my-mod"):
         marked = f"open({str(tmp_path / 'ran')!r}, 'a').close()\ndef f(_): ..."
         (tmp_path / f"{name}.py").write_text(marked)

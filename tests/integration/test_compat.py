@@ -20,13 +20,13 @@ from vllm_hotswap.routes import VLLM_USER_ROUTES
 
 
 def imported_from_vllm() -> Iterator[str]:
-    """Dotted names of all modules of vLLM, and of what is imported from them, in the package."""
+    """Return dotted names of all of vLLM's modules, and of their imports, in the package."""
     for _, path in modules():
         yield from (name for name in imports(path) if name.startswith("vllm."))
 
 
 def is_there(name: str) -> bool:
-    """Whether it is a module, or something in one."""
+    """Return whether it is a module, or something in one."""
     try:
         importlib.import_module(name)
     except ModuleNotFoundError:
@@ -37,7 +37,7 @@ def is_there(name: str) -> bool:
 
 @pytest.mark.parametrize("name", sorted(PLACES.keys() - OPTIONAL))
 def test_every_name_that_moved_is_found(name: str) -> None:
-    """Under the name by which it is asked for, and callable."""
+    """Every name that moved between versions is found, and is callable."""
     found = find(name)
 
     assert name == found.__name__
@@ -46,12 +46,12 @@ def test_every_name_that_moved_is_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(imported_from_vllm())))
 def test_everything_that_is_imported_is_there(name: str) -> None:
-    """On every version: a name that has moved belongs into the table."""
+    """Every imported name exists in every version: one that has moved belongs in the table."""
     assert is_there(name)
 
 
 def test_the_version_is_one_that_was_run() -> None:
-    """`make test` never runs on a version that users are warned of."""
+    """The installed version was tested: `make test` never runs on one that users are warned of."""
     assert warning(vllm_version()) is None
 
 
@@ -59,12 +59,12 @@ def test_the_version_is_one_that_was_run() -> None:
 def test_the_installed_version_has_everything_that_is_used(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Read in its sources: the same check is made of versions that are not installed."""
+    """The installed version's sources have everything used, by the check for other versions."""
     assert 0 == check_vllm([vllm_version().partition("+")[0]]), capfd.readouterr().out
 
 
 def routes_of(name: str, tasks: Iterable[str]) -> dict[str, ModelRoutes]:
-    """What vLLM mounts for one of the demo's models if it has that task alone."""
+    """Return what vLLM mounts for one of the demo's models if it has that task alone."""
     flags = ["--model", str(MODELS / name), "--enforce-eager", "--max-model-len", "256"]
     args = serve_parser("test").parse_args(flags)
     config, made = engine_config(args), {}
@@ -76,7 +76,7 @@ def routes_of(name: str, tasks: Iterable[str]) -> dict[str, ModelRoutes]:
 
 
 def test_routes_belong_to_the_tasks_for_which_vllm_mounts_them() -> None:
-    """A model that is not loaded refuses what no model with its tasks would answer, and no more."""
+    """An unloaded model refuses exactly the routes that no model with its tasks answers."""
     made = routes_of("llama", ["generate", *sorted(SPEECH)]) | routes_of("embed", sorted(POOLING))
     for line in VLLM_USER_ROUTES:
         method, _, path = line.partition(" ")
@@ -86,7 +86,7 @@ def test_routes_belong_to_the_tasks_for_which_vllm_mounts_them() -> None:
 
 
 def test_what_a_model_is_for_is_known_from_its_configuration() -> None:
-    """Of the demo's: one that generates, and one that is made for embeddings."""
+    """The configuration tells what a model is for: the demo's generating and embedding ones."""
     flags = ["--enforce-eager", "--max-model-len", "256", "--model"]
     parser = serve_parser("test")
     llama, embed = (

@@ -17,13 +17,12 @@ from vllm_hotswap.platforms import host_environment
 
 PROGRAM = Path(__file__).with_name("reloading_engine.py")
 
-# The first test waits for a model that is compiled for the first time, on a machine that may be
-# busy.
+# The first test waits for a model's first compilation, on a machine that may be busy.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.wide]
 
 
 def run(program: str, folder: Path) -> Any:
-    """What the program saw. Nothing that other tests have compiled is found by it."""
+    """Return what the program saw; it finds nothing that other tests have compiled."""
     result = subprocess.run(
         [sys.executable, str(PROGRAM), program, str(folder)],
         env=host_environment({**os.environ, "VLLM_CACHE_ROOT": str(folder.parent / "cache")}),
@@ -50,7 +49,7 @@ def seen(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def seen_later(seen: Any, folder: Path) -> Any:
-    """What a second process saw, which finds the compiled code that the first one has saved."""
+    """Return what a second process saw, which finds the first one's saved code."""
     return run("once", folder)
 
 
@@ -61,32 +60,32 @@ def test_only_the_first_load_compiles(seen: Any) -> None:
 
 
 def test_answers_stay_the_same(seen: Any) -> None:
-    """After every reload, and those of an engine that stayed loaded, too."""
+    """Answers stay the same after every reload, and so do those of an engine that stayed loaded."""
     assert seen["first_eager"] == seen["first"]
     assert [seen["first"]] * len(seen["after_cycles"]) == seen["after_cycles"]
     assert seen["first_eager"] == seen["of_other_engine"]
 
 
 def test_the_process_does_not_grow(seen: Any) -> None:
-    """Neither memory nor threads, open files, child processes or hooks."""
+    """The process does not grow in memory, threads, open files, child processes or hooks."""
     before, after = seen["resources"]
     assert before == after
     assert seen["growth_bytes"] < 5 << 20
 
 
 def test_the_code_keeps_no_weights(seen: Any) -> None:
-    """Nor does Dynamo keep the module for the sake of its hooks."""
+    """The code keeps no weights, nor does Dynamo keep the module for its hooks."""
     assert 0 == seen["weights_alive"]
     assert 0 == seen["hooks_after_unload"]
 
 
 def test_the_code_computes_with_the_weights_of_the_model_that_is_loaded(seen: Any) -> None:
-    """A checkpoint that was changed between two loads answers as it does in eager mode."""
+    """A checkpoint changed between two loads answers with its new weights, as in eager mode."""
     assert seen["changed_eager"] == seen["changed"]
     assert seen["first"] != seen["changed"]
 
 
 def test_another_process_compiles_nothing(seen: Any, seen_later: Any) -> None:
-    """It reads the code that the first process has saved."""
+    """Another process compiles nothing: it reads the code that the first one saved."""
     assert 0 == seen_later["compilations"]
     assert seen["changed"] == seen_later["tokens"]

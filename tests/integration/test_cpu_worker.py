@@ -40,7 +40,7 @@ QUICK = {"eager"}
     ],
 )
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the program saw."""
+    """Return what the program saw."""
     folder = tmp_path_factory.mktemp("worker") / "llama"
     shutil.copytree(MODELS / "llama", folder)
     result = subprocess.run(
@@ -55,18 +55,18 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_kv_memory_comes_from_the_arena(seen: Any) -> None:
-    """All of it, so that sleeping gives all of it back."""
+    """All KV memory comes from the arena, so that sleeping gives all of it back."""
     assert 255 << 20 < seen["kv_bytes"] <= 256 << 20
 
 
 def test_level_1_empties_the_kv_memory_and_nothing_else(seen: Any) -> None:
-    """The next answer is the same, from new KV memory."""
+    """Level 1 empties only the KV memory; the next answer is the same, from new KV memory."""
     assert seen["kv_is_zero"]
     assert seen["first"] == seen["after_level_1"]
 
 
 def test_level_2_drops_every_weight(seen: Any) -> None:
-    """No parameter has memory, and no packed copy of one is left."""
+    """Level 2 drops every weight: no parameter has memory, and no packed copy is left."""
     assert [True] == seen["supports_discard"]
     assert seen["weights_used"] > 100_000
     assert 0 == seen["weights_left"]
@@ -74,13 +74,13 @@ def test_level_2_drops_every_weight(seen: Any) -> None:
 
 
 def test_what_level_2_gives_back_is_known_before(seen: Any) -> None:
-    """Weights in every form: a layer's packed copy is as large as the weight that it replaces."""
+    """What level 2 frees is known before: a layer's packed copy is as large as its weight."""
     assert seen["gives_back"] > 100_000
     assert 0 == seen["gives_back_no_more"]
 
 
 def test_waking_the_kv_memory_alone_reads_no_weights(seen: Any) -> None:
-    """As vLLM's tags say."""
+    """A wake of the KV memory alone reads no weights, as vLLM's tags say."""
     assert 0 == seen["weights_left_by_kv_tag"]
 
 
@@ -88,17 +88,17 @@ def test_waking_the_kv_memory_alone_reads_no_weights(seen: Any) -> None:
 def test_a_checkpoint_that_was_spoiled_is_an_error_that_names_the_model(
     seen: Any, defect: str
 ) -> None:
-    """And not a model with some of its weights."""
+    """A spoiled checkpoint is an error that names the model, not a model with some weights."""
     assert seen[defect].startswith("RuntimeError: the weights of ")
     assert "llama could not be read again: " in seen[defect]
 
 
 def test_a_wake_that_failed_can_be_tried_again(seen: Any) -> None:
-    """The model stays discarded until its files are whole."""
+    """A failed wake leaves the model discarded, and works once its files are whole."""
     assert seen["first"] == seen["after_failures"]
 
 
 def test_five_times_discarded_and_read_again_is_as_good_as_never(seen: Any) -> None:
-    """Greedy tokens are identical, and the process does not grow."""
+    """After five discards and reads, greedy tokens are identical, and the process has not grown."""
     assert [seen["first"]] * 5 == seen["after_cycles"]
     assert seen["growth_bytes"] < 16 << 20

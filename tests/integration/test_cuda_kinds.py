@@ -31,7 +31,7 @@ pytestmark = [
 
 MIB = 1 << 20
 WORKSPACE_BYTES = 40 * MIB
-"""Of matrix multiplications on one more stream: torch may have it or not."""
+"""Matrix multiplications on one more stream; torch may have this workspace or not."""
 
 START_S = 600
 """Kernels may have to be compiled first."""
@@ -39,7 +39,7 @@ START_S = 600
 SIZES = [1, 2, 4]
 DECODING = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": SIZES}
 IN_PIECES = {"mode": 3, "cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": SIZES}
-"""Graphs, for which the model is compiled."""
+"""Graphs for a compiled model, in pieces."""
 
 LATENT = {
     "load_format": "dummy",
@@ -50,7 +50,7 @@ LATENT = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of model; `made` is the name of a checkpoint of the zoo that it needs."""
+    """A kind of model; `made` is the name of the zoo's checkpoint that it needs."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +73,7 @@ KINDS = (
 
 RUNNERS = {"V2": {}, "V1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}}
 OF_V1 = ("eager", "pieces", "lora", "fp8")
-"""Kinds that are tried with the older runner, too. vLLM gives it to experts by itself."""
+"""Kinds that are tried with the older runner, too. vLLM uses it for experts by itself."""
 
 CASES = [
     pytest.param(runner, kind, id=f"{runner}-{kind.name}")
@@ -85,7 +85,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's servers have such a model, but not the usual ones."""
+    """Do nothing: this module's servers have llama, but not the usual models."""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], ServerProcess]]:
-    """Gives the server with a runner; the last one, if it is that, or a new one in its place."""
+    """Return the server with a runner: the last one if it fits, or a new one in its place."""
     running: dict[str, ServerProcess] = {}
 
     def with_runner(runner: str) -> ServerProcess:
@@ -136,7 +136,7 @@ def serving(
 
 
 def end(running: dict[str, ServerProcess]) -> None:
-    """Nothing was left or taken meanwhile."""
+    """Stop the server, and check that nothing was left or taken."""
     while running:
         runner, server = running.popitem()
         assert server.stop() == 0, server.log_tail()
@@ -153,7 +153,7 @@ def post(server: ServerProcess, path: str, **body: Any) -> dict[str, Any]:
 
 
 def ask(server: ServerProcess, model: str) -> int:
-    """Returns how many tokens it has answered."""
+    """Send a request; return how many tokens were answered."""
     body = {"prompt": "Hello", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
     answer = post(server, "/v1/completions", model=model, return_token_ids=True, **body)
     return len(answer["choices"][0]["token_ids"])
@@ -163,7 +163,7 @@ def ask(server: ServerProcess, model: str) -> int:
 def test_a_kind_of_model_takes_every_residency(
     serving: Callable[[str], ServerProcess], runner: str, kind: Kind
 ) -> None:
-    """Beside another one that serves; what it takes it gives back."""
+    """Every kind of model goes through each residency beside another, and frees what it takes."""
     server = serving(runner)
     board = Board(Path(os.environ["FAKEGPU_BOARD"]))
     names = [kind.name, *([f"{kind.name}-pirate"] if kind.adapter else [])]

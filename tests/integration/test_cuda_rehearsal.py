@@ -1,7 +1,7 @@
 """A server over the stand-in for a CUDA device, whose driver fails: `make rehearse-cuda`.
 
 Each call of the driver that `host.cuda_driver` makes fails once in each move of a model: the first
-of its name, the one in the middle, and the last. `tests/test_cuda_memory.py` has every one fail.
+of its name, the one in the middle, and the last. `tests/test_cuda_memory.py` lets every one fail.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = [
 MIB = 1 << 20
 SOURCE, TARGET = "llama", "qwen"
 WORKSPACE_BYTES = 40 * MIB
-"""Of matrix multiplications on one more stream: torch may have it or not."""
+"""Matrix multiplications on one more stream; torch may have this workspace or not."""
 
 START_S = 600
 """Kernels may have to be compiled first."""
@@ -40,7 +40,7 @@ START_S = 600
 GRAPHS = "{mode: 0, cudagraph_mode: FULL_DECODE_ONLY, cudagraph_capture_sizes: [1, 2, 4]}"
 
 KV = "kv_cache_memory_bytes: 32M"
-"""Little, because it is made zero at each wake, and there are many."""
+"""Little, because it is zeroed at each of the many wakes."""
 
 OURS = sorted(
     set(
@@ -50,12 +50,12 @@ OURS = sorted(
         )
     )
 )
-"""What is called of the driver for a model."""
+"""The driver's functions that are called for a model."""
 
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server has such a model, but not the usual ones."""
+    """Do nothing: this module's server has llama, but not the usual models."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     assert status == 0, running.log_tail()
 
 
-# --- what is done to a model ----------------------------------------------------------------------
+# --- moves of a model -----------------------------------------------------------------------------
 
 
 def post(server: ServerProcess, path: str, **body: Any) -> httpx.Response:
@@ -94,7 +94,7 @@ def post(server: ServerProcess, path: str, **body: Any) -> httpx.Response:
 
 
 def message(response: httpx.Response) -> str:
-    """What an error says, in short."""
+    """Return an error's message, shortened."""
     return str(response.json()["error"]["message"])[:200]
 
 
@@ -119,19 +119,19 @@ def residency(server: ServerProcess, alias: str = TARGET) -> str:
 
 
 def park(server: ServerProcess) -> None:
-    """The target is awake, whatever it was, and the source serves."""
+    """Leave the target awake, wherever it was, and the source active."""
     well(switch(server))
     well(switch(server, SOURCE))
 
 
 def park_again(server: ServerProcess) -> None:
-    """The same, and it has slept: its copy is there."""
+    """Do the same after a sleep: the target's host copy exists."""
     put_to_sleep(server)
     park(server)
 
 
 def park_anew(server: ServerProcess) -> None:
-    """The same, freshly loaded: it has never slept."""
+    """Do the same, freshly loaded: the target has never slept."""
     park(server)
     well(unload(server))
     park(server)
@@ -156,7 +156,7 @@ def tokens(server: ServerProcess, alias: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Move:
-    """Something that is done to the target while the source serves."""
+    """A move of the target while the source is active."""
 
     name: str
     prepare: Callable[[ServerProcess], None]
@@ -173,16 +173,16 @@ MOVES = (
 )
 
 HARMLESS = ("cuCtxGetCurrent", "cuCtxSynchronize")
-"""Torch does without the first. Memory is freed without them, and what that cannot do is told."""
+"""Torch works without the first. Memory is freed without the others, and a failure is logged."""
 
 
 def places(count: int) -> list[int]:
-    """The first, the middle and the last of so many calls: loads take their time."""
+    """Return the first, the middle and the last of so many calls: loads take their time."""
     return sorted({1, (count + 1) // 2, count})
 
 
 def calls_of(server: ServerProcess, board: Board, move: Move) -> dict[str, int]:
-    """How often a move calls what of ours, when all goes well."""
+    """Return how often a move calls each of our functions when all goes well."""
     move.prepare(server)
     before = board.calls()
     well(move.do(server))
@@ -201,7 +201,7 @@ def log_since(server: ServerProcess, place: int) -> str:
 def test_a_driver_call_that_fails_once_costs_the_source_nothing(
     server: ServerProcess, board: Board, move: Move
 ) -> None:
-    """It is told, in the answer or in the log; the source stays active; the next try goes well."""
+    """A driver call that fails once is reported, the source stays active, and a retry works."""
     park_anew(server)
     expected = tokens(server, SOURCE)
     park(server)
@@ -210,13 +210,13 @@ def test_a_driver_call_that_fails_once_costs_the_source_nothing(
         for place in places(count):
             move.prepare(server)
             told_before, failed_before = server.log.stat().st_size, board.failed
-            # A wake that lacks room tries again by itself, and nothing is told then.
+            # A wake without room tries again by itself, and nothing is logged then.
             lacks_room = call == "cuMemCreate" and move.name != "wake"
             code = OUT_OF_MEMORY if lacks_room else UNKNOWN
             with board.failing(call, place, code):
                 response = move.do(server)
             if call in HARMLESS and board.failed == failed_before:
-                continue  # Triton asks for the context, too, and not always as often
+                continue  # Triton also asks for the context, and not always as often
             where = f"{move.name}: {call}, place {place} of {count}"
             facts = {
                 "move": move.name,
@@ -245,13 +245,13 @@ def test_a_driver_call_that_fails_once_costs_the_source_nothing(
             assert after["reserved"] == before["reserved"], (where, before, after)
 
 
-# --- others on the device -------------------------------------------------------------------
+# --- other processes on the device ----------------------------------------------------------
 
 
 def test_another_process_that_takes_memory_moves_the_idle_model_down(
     server: ServerProcess, board: Board
 ) -> None:
-    """The source stays active, the status shows it, and all comes back once the memory is free."""
+    """When another process takes memory, the idle model moves down, and can come back later."""
     park(server)
     expected, free = tokens(server, SOURCE), board.total - board.used
     before = server.status()["memory"]["device"]["others"]  # type: ignore[index]
@@ -275,7 +275,7 @@ def test_another_process_that_takes_memory_moves_the_idle_model_down(
 
 
 def host_anonymous_bytes(server: ServerProcess) -> int:
-    """Memory of the engine host and the API process that is not the device's."""
+    """Return memory of the engine host and the API process that is not the device's."""
     total = 0
     for process in server.all_processes():
         status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
@@ -285,11 +285,11 @@ def host_anonymous_bytes(server: ServerProcess) -> int:
 
 CYCLES, WARM_UP = 12, 4
 HOST_SLACK_BYTES = 48 * MIB
-"""What the allocator of the host may keep more at the end than at the beginning."""
+"""What the allocator of the host may keep more at the end than at the start."""
 
 
 def test_twelve_cold_switches_grow_nothing(server: ServerProcess, board: Board) -> None:
-    """Neither the device nor pinned memory nor the host's own."""
+    """Twelve cold switches grow neither device memory, pinned memory nor the host's own."""
     park(server)
     seen = []
     for number in range(1 - WARM_UP, CYCLES + 1):

@@ -28,7 +28,7 @@ pytestmark = [
 MIB = 1 << 20
 PAIR = ("llama", "qwen")
 WORKSPACE_BYTES = 40 * MIB
-"""Of matrix multiplications on one more stream: torch may have it or not."""
+"""Matrix multiplications on one more stream; torch may have this workspace or not."""
 
 START_S = 600
 """Kernels may have to be compiled first."""
@@ -38,12 +38,12 @@ GRAPHS = "{mode: 0, cudagraph_mode: FULL_DECODE_ONLY, cudagraph_capture_sizes: [
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server has such a model, but not the usual ones."""
+    """Do nothing: this module's server has llama, but not the usual models."""
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Models with nothing but a name, but for quicker graphs: the memory settings are defaults."""
+    """A server of models with only a name and quicker graphs: memory settings are defaults."""
     folder = tmp_path_factory.mktemp("cuda")
     lines = [f"  {a}: {{model: {MODELS / a}, compilation_config: {GRAPHS}}}" for a in PAIR]
     config = folder / "models.yaml"
@@ -60,7 +60,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 def used_bytes() -> int:
-    """Of the device, by anybody."""
+    """Return the bytes of the device in use, by any process."""
     if board := os.environ.get("FAKEGPU_BOARD"):
         return Board(Path(board)).used
     free, total = torch.cuda.mem_get_info()
@@ -101,7 +101,7 @@ def model_status(server: ServerProcess, model: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def expected(server: ServerProcess) -> dict[str, list[int]]:
-    """What both answer before anything has moved."""
+    """Return what both models answer before anything has moved."""
     found = {}
     for model in PAIR:
         switch(server, model)
@@ -110,7 +110,7 @@ def expected(server: ServerProcess) -> dict[str, list[int]]:
 
 
 def test_two_models_load_with_default_settings(server: ServerProcess) -> None:
-    """vLLM alone would demand most of the device for each; KV memory is there for both."""
+    """Two models load with defaults and KV memory, though vLLM alone takes most of the device."""
     statuses = [model_status(server, model) for model in PAIR]
 
     assert {"active", "parked"} == {status["residency"] for status in statuses}
@@ -120,7 +120,7 @@ def test_two_models_load_with_default_settings(server: ServerProcess) -> None:
 def test_a_sleeping_model_gives_its_memory_back(
     server: ServerProcess, expected: dict[str, list[int]]
 ) -> None:
-    """And has it again, with the same answers, over and over."""
+    """A sleeping model frees its memory and takes it again, repeatedly, with the same answers."""
     both = used_bytes()
     for model in PAIR * 4:
         switch(server, other(model))
@@ -140,7 +140,7 @@ def test_a_sleeping_model_gives_its_memory_back(
 def test_an_announced_model_wakes_while_another_one_is_served(
     server: ServerProcess, expected: dict[str, list[int]]
 ) -> None:
-    """Its memory is there before it is asked for; given up, it is gone, and nothing is lost."""
+    """An announced model wakes beside the active one; a wake that is given up frees its memory."""
     both = used_bytes()
     for model in PAIR * 2:
         switch(server, other(model))
@@ -168,7 +168,7 @@ def is_awake_but_for_the_switch(server: ServerProcess, model: str) -> bool:
 
 
 def test_cold_switches_do_not_grow(server: ServerProcess, expected: dict[str, list[int]]) -> None:
-    """Nothing of an unloaded model stays on the device, also where it was unloaded asleep."""
+    """Cold switches do not grow device memory, also if a model was unloaded asleep."""
     both = used_bytes()
     for round_, model in enumerate(PAIR * 6):
         switch(server, other(model))

@@ -37,7 +37,7 @@ def left_running(tmp_path: Path) -> Iterator[ServerProcess]:
 def test_every_command_that_the_demo_prints_works_when_it_is_pasted(
     left_running: ServerProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole flow twice: as the demo runs it, and by its own lines in a shell."""
+    """The demo's whole flow works twice: as it runs, and by its printed lines in a shell."""
     online_flow(left_running.client)
     commands = printed(capsys.readouterr().out)
     left_running.switch("llama")

@@ -65,7 +65,7 @@ QUICK = {"one_core"}
 
 @contextmanager
 def seen_by_children(machine: Machine) -> Iterator[None]:
-    """Processes that are started within it have so many cores, and such pages."""
+    """Give processes started within it so many cores, and such pages."""
     cores = os.sched_getaffinity(0)
     if machine.cores is not None:
         os.sched_setaffinity(0, sorted(cores)[: machine.cores])
@@ -103,7 +103,7 @@ def configuration(folder: Path, memory: str = "") -> Path:
     ],
 )
 def test_models_switch_within_what_was_estimated(folder: Path, name: str) -> None:
-    """With room for one model by the estimate alone: every switch works, memory stays within it,
+    """With room for one model by the estimate alone, every switch works, memory stays within it,
     and each model answers the same whenever it is back.
     """
     config = load_config(configuration(folder))

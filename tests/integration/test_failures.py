@@ -30,7 +30,7 @@ models:
 def test_the_hosts_death_fails_every_request_and_ends_the_server_with_status_1(
     tmp_path: Path,
 ) -> None:
-    """Where it may not be restarted: no request hangs, and a supervisor can see the death."""
+    """Where the host may not restart, its death fails every request and ends the server with 1."""
     (tmp_path / "models.yaml").write_text(ONE_MODEL + "recovery: {max_restarts: 0}\n")
     environment = {"VLLM_HOTSWAP_CONFIG": str(tmp_path / "models.yaml")}
     command = ["-m", QUICKSTART_MODULE]
@@ -63,7 +63,7 @@ def test_the_hosts_death_fails_every_request_and_ends_the_server_with_status_1(
 
 @pytest.mark.wide
 def test_the_hosts_death_while_models_load_ends_the_start_with_status_1(tmp_path: Path) -> None:
-    """Nobody waits for a model that cannot come; one line says why."""
+    """The host's death while models load ends the start with status 1 and one line on why."""
     path = tmp_path / "models.yaml"
     path.write_text(ONE_MODEL)
     command = [sys.executable, "-m", "vllm_hotswap", "serve", str(path)]
@@ -85,7 +85,7 @@ def test_the_hosts_death_while_models_load_ends_the_start_with_status_1(tmp_path
 
 @pytest.mark.wide
 def test_a_start_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Before there is an event loop, too: no process, no socket, no folder; status 0."""
+    """A stopped start, even before the event loop, leaves nothing behind and has status 0."""
     path, sock, temporary = tmp_path / "models.yaml", tmp_path / "s", tmp_path / "tmp"
     path.write_text(ONE_MODEL)
     temporary.mkdir()
@@ -94,7 +94,7 @@ def test_a_start_that_is_told_to_stop_leaves_nothing_behind(tmp_path: Path) -> N
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     with process:
         assert process.stderr is not None
-        while not sock.exists():  # flags have been read, models are looked at
+        while not sock.exists():  # flags have been read, models are inspected
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         children = psutil.Process(process.pid).children(recursive=True)
@@ -116,7 +116,7 @@ def kill_host_of(pid: int) -> None:
 
 
 def test_switching_is_closed_unless_it_is_opened(tmp_path: Path, server: ServerProcess) -> None:
-    """The shared server is open by VLLM_SERVER_DEV_MODE; a bad body is named all the same."""
+    """Switching is closed unless VLLM_SERVER_DEV_MODE opens it; a bad body is named even so."""
     bad = [
         {},
         {"model": 3},
@@ -152,7 +152,7 @@ BAD_FILES = {
 @pytest.mark.wide
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_a_start_that_cannot_work_ends_with_one_clear_line(name: str, tmp_path: Path) -> None:
-    """Non-zero exit, the mistake named with its place, no traceback, no engine started."""
+    """A start that cannot work ends non-zero with one line that names the place, and no engine."""
     text, expected = BAD_FILES[name]
     path = tmp_path / "models.yaml"
     path.write_text(text.replace("LLAMA", str(MODELS / "llama")))
@@ -177,7 +177,7 @@ def test_a_start_that_cannot_work_ends_with_one_clear_line(name: str, tmp_path: 
 def test_a_server_that_could_not_listen_loads_nothing(
     flags: list[str], expected: str, tmp_path: Path
 ) -> None:
-    """The flag is named, and the file may stand behind the flags."""
+    """A server that could not listen loads nothing and names the flag, wherever the file stands."""
     path = tmp_path / "models.yaml"
     path.write_text(ONE_MODEL)
 
@@ -190,7 +190,7 @@ def test_a_server_that_could_not_listen_loads_nothing(
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """With the command that writes one that works."""
+    """A missing file is named, with the command that writes one that works."""
     missing = start_in_vain(str(tmp_path / "none.yaml"))
 
     assert 1 == missing.returncode

@@ -88,7 +88,7 @@ class Faulty:
 
     @contextmanager
     def stream(self, alias: str) -> Iterator[Iterator[Any]]:
-        """A long stream, entered after its first token."""
+        """Run a long stream, entered after its first token."""
         body = {"model": alias, "prompt": "Hello", "stream": True, "max_tokens": 1500}
         body |= {"temperature": 0, "ignore_eos": True}
         with self.server.client.stream("POST", "/v1/completions", json=body) as response:
@@ -97,13 +97,13 @@ class Faulty:
             yield stream
 
     def serves_as_ever(self) -> bool:
-        """Each model answers, word for word, as it did before any fault."""
+        """Check that each model answers, word for word, as it did before any fault."""
         return self.golden == {alias: self.say(alias) for alias in self.golden}
 
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
-    """One server for all; the last test ends it."""
+    """One server for all tests; the last one ends it."""
     folder = tmp_path_factory.mktemp("faulty")
     shutil.copytree(MODELS / "llama", folder / "frail")
     shutil.copytree(MODELS / "qwen", folder / "untouched")
@@ -127,14 +127,14 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Clients that ask beside the test."""
+    """Clients that send requests beside the test."""
     with ThreadPoolExecutor(32) as pool:
         yield pool
 
 
 @pytest.fixture(autouse=True)
 def recovered(faulty: Faulty) -> Iterator[None]:
-    """Every test begins and ends with a server that serves; the last one has ended it."""
+    """Start and end every test with a server that serves; the last one has ended it."""
     yield
     faulty.faults.clear()
     if faulty.server.process.poll() is None:
@@ -151,7 +151,7 @@ def code(response: httpx.Response) -> str:
 def test_a_killed_host_fails_every_request_and_comes_back(
     faulty: Faulty, pool: ThreadPoolExecutor
 ) -> None:
-    """Streams and answers end with an error at once; the active model serves again, by itself."""
+    """A killed host fails open requests at once; the active model then serves again by itself."""
     assert faulty.serves_as_ever()
     restarts, old = faulty.restarts, faulty.host
     body = {"model": "llama", "prompt": "Hello", "max_tokens": 1500, "ignore_eos": True}
@@ -178,7 +178,7 @@ def test_a_killed_host_fails_every_request_and_comes_back(
 
 @pytest.mark.wide
 def test_a_host_that_crashes_in_a_load_fails_the_switch(faulty: Faulty) -> None:
-    """SIGSEGV: the call ends with the cause instead of hanging, and the source is back."""
+    """A host crash (SIGSEGV) in a load fails the switch with the cause, and the source returns."""
     assert faulty.serves_as_ever()
     faulty.faults.inject("host.load.weights@frail=1*segv")
 
@@ -192,7 +192,7 @@ def test_a_host_that_crashes_in_a_load_fails_the_switch(faulty: Faulty) -> None:
 
 
 def test_a_host_that_dies_as_it_activates_fails_the_switch(faulty: Faulty) -> None:
-    """The frontends stay as they are, and never answer for the wrong engine."""
+    """A host that dies in an activation fails the switch; frontends answer for no wrong engine."""
     faulty.server.switch("llama")
     faulty.faults.inject("host.activate@qwen=1*kill")
 
@@ -205,7 +205,7 @@ def test_a_host_that_dies_as_it_activates_fails_the_switch(faulty: Faulty) -> No
 
 @pytest.mark.wide
 def test_a_host_that_is_stopped_is_replaced(faulty: Faulty) -> None:
-    """SIGSTOP: alive, but silent. Its requests end with an error, and another host serves."""
+    """A stopped host (SIGSTOP) is silent: its requests get errors, and another host serves."""
     faulty.server.switch("llama")
     old = faulty.host
     with faulty.stream("llama") as stream:
@@ -220,7 +220,7 @@ def test_a_host_that_is_stopped_is_replaced(faulty: Faulty) -> None:
 
 @pytest.mark.wide
 def test_a_load_that_never_ends_is_ended(faulty: Faulty) -> None:
-    """A pipe in place of the weights: nothing can interrupt that read but the end of the host.
+    """A load that never ends, on a pipe in place of the weights, ends with its host.
 
     It reads in native code, and keeps the whole process from giving a sign of life.
     """
@@ -240,7 +240,7 @@ def test_a_load_that_never_ends_is_ended(faulty: Faulty) -> None:
 
 
 def test_an_engine_that_fails_in_a_step_is_loaded_again(faulty: Faulty) -> None:
-    """Its requests end with an error, the host and the other engine stay."""
+    """A failed step ends its engine's requests and reloads it; host and other engine stay."""
     faulty.server.switch("llama")
     host = faulty.host
     with faulty.stream("llama") as stream:
@@ -257,7 +257,7 @@ def test_an_engine_that_fails_in_a_step_is_loaded_again(faulty: Faulty) -> None:
 
 
 def test_weights_that_became_no_numbers_are_found_by_the_canary(faulty: Faulty) -> None:
-    """They load without an error. The source is still active; mended, the next attempt works."""
+    """The canary finds NaN weights, which load without an error; repaired, a retry works."""
     assert 200 == faulty.switch("frail").status_code
     faulty.server.switch("llama")
     assert 200 == faulty.post("/admin/models/frail/unload", {}).status_code
@@ -276,7 +276,7 @@ def test_weights_that_became_no_numbers_are_found_by_the_canary(faulty: Faulty) 
 
 
 def with_nan(file: bytes, tensor: str) -> bytes:
-    """A safetensors file in which one tensor is all ones in binary, which is no number."""
+    """Make a safetensors file in which one tensor is all ones in binary, which is NaN."""
     length = int.from_bytes(file[:8], "little")
     begin, end = json.loads(file[8 : 8 + length])[tensor]["data_offsets"]
     start = 8 + length + begin
@@ -293,7 +293,7 @@ def with_nan(file: bytes, tensor: str) -> bytes:
 def test_what_a_frontend_needs_is_checked_before_the_drain(
     faulty: Faulty, file: str, broken: bytes, says: str
 ) -> None:
-    """Of a model that has never been loaded: a stream of the source goes on meanwhile."""
+    """Before a drain, a new model's frontend files are checked; the source's stream continues."""
     faulty.server.switch("llama")
     path = faulty.untouched / file
     whole = path.read_bytes() if path.exists() else None
@@ -312,7 +312,7 @@ def test_what_a_frontend_needs_is_checked_before_the_drain(
 
 
 def test_a_frontend_that_cannot_be_built_brings_the_source_back(faulty: Faulty) -> None:
-    """The engine was loaded already: it is given up, too, and both are made anew by the next."""
+    """If a frontend cannot be built, its engine is unloaded, the source returns, a retry works."""
     faulty.server.switch("llama")
     faulty.faults.inject("frontend.build@untouched=1*raise(no template)")
 
@@ -341,7 +341,7 @@ def test_a_frontend_that_cannot_be_built_brings_the_source_back(faulty: Faulty) 
 def test_a_switch_that_fails_in_any_phase_leaves_the_source_serving(
     faulty: Faulty, rule: str
 ) -> None:
-    """The caller is told; nothing is loaded anew."""
+    """A switch that fails in any phase reports it; the source stays active without a reload."""
     faulty.server.switch("llama")
     host = faulty.host
     faulty.faults.inject(rule)
@@ -356,7 +356,7 @@ def test_a_switch_that_fails_in_any_phase_leaves_the_source_serving(
 
 @pytest.mark.parametrize("stage", ["weights", "kv_cache", "warm_up"])
 def test_a_load_that_fails_on_its_way_leaves_nothing_behind(faulty: Faulty, stage: str) -> None:
-    """As if memory ran out: the source is still active, and the next attempt works."""
+    """A load that fails in the middle, as without memory, leaves nothing; a retry works."""
     faulty.server.switch("llama")
     assert 200 == faulty.post("/admin/models/frail/unload", {}).status_code
     faulty.faults.inject(f"host.load.{stage}@frail=1*raise(out of memory)")
@@ -370,7 +370,7 @@ def test_a_load_that_fails_on_its_way_leaves_nothing_behind(faulty: Faulty, stag
 
 
 def test_a_model_that_cannot_be_unloaded_stays_as_it_is(faulty: Faulty) -> None:
-    """The operation fails, and nothing is half gone."""
+    """If an unload fails, the operation fails and the model stays whole."""
     text = faulty.say("qwen")
     faulty.server.switch("llama")
     faulty.faults.inject("host.unload@qwen=1*raise(busy)")
@@ -381,7 +381,7 @@ def test_a_model_that_cannot_be_unloaded_stays_as_it_is(faulty: Faulty) -> None:
 
 
 def test_a_switch_that_is_no_switch_touches_nothing(faulty: Faulty) -> None:
-    """To the active model, to an unknown one, to none: nothing is drained, and no epoch passes."""
+    """A switch to the active model, an unknown one or none drains nothing and uses no epoch."""
     faulty.server.switch("llama")
     epoch = faulty.status["epoch"]
     with faulty.stream("llama") as stream:
@@ -398,7 +398,7 @@ def test_a_switch_that_is_no_switch_touches_nothing(faulty: Faulty) -> None:
 def test_a_slow_load_leaves_the_server_alive_and_not_ready(
     faulty: Faulty, pool: ThreadPoolExecutor
 ) -> None:
-    """Who waits for the target is served when it is up."""
+    """During a slow load the server is alive and not ready; requests for the target are served."""
     faulty.server.switch("llama")
     faulty.post("/admin/models/frail/unload", {})
     faulty.faults.inject("host.load.weights@frail=1*sleep(2)")
@@ -415,7 +415,7 @@ def test_a_slow_load_leaves_the_server_alive_and_not_ready(
 
 
 def test_a_structured_answer_survives_being_parked(faulty: Faulty) -> None:
-    """Its grammar is its own engine's: what it goes on with fits the schema."""
+    """A parked structured answer resumes with its engine's grammar, and fits the schema."""
     faulty.server.switch("llama")
     faulty.faults.inject("host.step@llama=sleep(0.05)")
     schema = {
@@ -455,7 +455,7 @@ def test_a_structured_answer_survives_being_parked(faulty: Faulty) -> None:
 
 
 def test_a_server_without_any_model_says_so_until_one_is_back(faulty: Faulty) -> None:
-    """Neither the target nor the source comes up: degraded, alive, and repaired by itself."""
+    """If neither target nor source comes up, the server is degraded, alive, and repairs itself."""
     faulty.server.switch("llama")
     faulty.faults.inject("host.activate=raise(no device)")
     failed = faulty.switch("qwen")
@@ -479,7 +479,7 @@ def test_a_server_without_any_model_says_so_until_one_is_back(faulty: Faulty) ->
 def test_a_client_that_is_reset_while_it_waits_is_never_served(
     faulty: Faulty, pool: ThreadPoolExecutor
 ) -> None:
-    """It leaves the queue while the load goes on."""
+    """A client that is reset while it waits leaves the queue, and the load continues."""
     faulty.server.switch("llama")
     faulty.post("/admin/models/frail/unload", {})
     faulty.faults.inject("host.load@frail=1*sleep(3)")
@@ -498,7 +498,7 @@ def test_a_client_that_is_reset_while_it_waits_is_never_served(
 
 @pytest.mark.parametrize("phase", ["drain", "make_room", "bring_up", "activate"])
 def test_a_switch_goes_on_without_its_caller(faulty: Faulty, phase: str) -> None:
-    """RST at the moment at which each phase begins; its result is in the status."""
+    """A switch continues if its caller is reset as any phase starts; status has the result."""
     faulty.server.switch("llama")
     before = faulty.faults.hits(f"switch.{phase}")
     faulty.faults.inject(f"switch.{phase}=1*sleep(0.3)")
@@ -512,7 +512,7 @@ def test_a_switch_goes_on_without_its_caller(faulty: Faulty, phase: str) -> None
 
 
 def test_many_calls_for_one_target_load_it_once(faulty: Faulty, pool: ThreadPoolExecutor) -> None:
-    """Twenty at once: one operation, one load."""
+    """Twenty simultaneous calls for one target are one operation with one load."""
     faulty.server.switch("llama")
     faulty.post("/admin/models/frail/unload", {})
     loads = faulty.server.log.read_text().count("event=loaded model=frail")
@@ -526,7 +526,7 @@ def test_many_calls_for_one_target_load_it_once(faulty: Faulty, pool: ThreadPool
 
 
 def test_no_cache_outlives_an_unload(faulty: Faulty) -> None:
-    """A cached prompt is cached while the model stays whole, and never after it was loaded anew."""
+    """A prompt is cached while its model stays loaded, and never after a reload."""
     prompt = "The quick brown fox jumps over the lazy dog. " * 8
     faulty.server.switch("frail")
     first, again = cached_tokens(faulty, prompt), cached_tokens(faulty, prompt)
@@ -549,7 +549,7 @@ def cached_tokens(faulty: Faulty, prompt: str) -> int:
 
 
 def test_a_file_that_is_rewritten_changes_nothing(faulty: Faulty) -> None:
-    """Only a start reads the YAML file."""
+    """A rewritten YAML file changes nothing, because only a start reads it."""
     path = faulty.frail.parent / "models.yaml"
     before = path.read_text()
     path.write_text("models: {")
@@ -557,13 +557,13 @@ def test_a_file_that_is_rewritten_changes_nothing(faulty: Faulty) -> None:
     path.write_text(before)
 
 
-# --- the end: there is no server after this test ----------------------------------------------
+# --- the end: no server after this test -------------------------------------------------------
 
 
 def test_the_death_of_the_server_takes_its_host_with_it(
     faulty: Faulty, pool: ThreadPoolExecutor
 ) -> None:
-    """SIGKILL in the middle of a load: no process stays, and no socket."""
+    """SIGKILL of the server in a load leaves no process and no socket."""
     faulty.server.switch("llama")
     faulty.post("/admin/models/frail/unload", {})
     before = faulty.faults.hits("host.load")

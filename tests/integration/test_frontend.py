@@ -32,7 +32,7 @@ HALF = "\ud83d"
 
 
 def sources() -> Iterator[str]:
-    """Texts of all modules of vLLM's entrypoints but for its supervisor of several servers."""
+    """Return the texts of all modules of vLLM's entrypoints except its multi-server supervisor."""
     spec = importlib.util.find_spec("vllm.entrypoints")
     assert spec is not None
     for folder in spec.submodule_search_locations or ():
@@ -42,7 +42,7 @@ def sources() -> Iterator[str]:
 
 
 def test_state_that_vllm_reads_is_what_somebody_sets() -> None:
-    """What only its launcher sets, which is not run here, is what we set in its place."""
+    """State that vLLM reads and only its launcher sets, which does not run here, is set by us."""
     texts = list(sources())
     read = {n for t in texts for n in re.findall(r"\bapp\.state\.(\w+)\b(?!\s*=[^=])", t)}
     made = {
@@ -56,7 +56,7 @@ def test_state_that_vllm_reads_is_what_somebody_sets() -> None:
 
 
 def failing(error: Exception, cause: Exception | None = None) -> FastAPI:
-    """An application with vLLM's handlers of errors, all of whose answers fail."""
+    """Make an application with vLLM's error handlers, whose answers all fail."""
     app = FastAPI()
     init_exception_handler(app)
     app.state.args = Namespace(log_error_stack=False)
@@ -94,7 +94,7 @@ async def asked(app: FastAPI) -> tuple[int, dict[str, Any]]:
 async def test_every_error_is_an_error_object_with_its_cause(
     error: Exception, cause: Exception | None, status: int, message: str
 ) -> None:
-    """Not one about vLLM's own server, which there is not, and no bare `detail`."""
+    """Every error is an error object with its cause, without vLLM's server or a bare `detail`."""
     code, told = await asked(failing(error, cause))
 
     assert status == code == told["code"]
@@ -102,7 +102,7 @@ async def test_every_error_is_an_error_object_with_its_cause(
 
 
 class Sent(Exception):
-    """Something was sent to the engine."""
+    """Raised when something was sent to the engine."""
 
 
 class Core:
@@ -125,7 +125,7 @@ class Core:
 async def test_what_cannot_be_encoded_is_refused_before_it_waits(
     sampling: SamplingParams, why: str
 ) -> None:
-    """It never asks for its turn, and so causes no switch; the message is for the client."""
+    """What cannot be encoded is refused before it waits or switches, with a client's message."""
     asked_for = []
 
     async def ask(tokens: int) -> None:
@@ -143,7 +143,7 @@ async def test_what_cannot_be_encoded_is_refused_before_it_waits(
 
 @pytest.mark.parametrize("name", ["request_id", "session_id", "cache_salt"])
 async def test_half_surrogate_in_any_field_is_refused(name: str) -> None:
-    """Also in one that names the request: it is never sent, nor aborted in the engine."""
+    """Half a surrogate in any field, also the request's name, is refused: nothing is sent."""
     given = {"request_id": "a", "sampling_params": None, name: HALF}
 
     with pytest.raises(VLLMClientError, match="half of a surrogate pair"):
@@ -151,7 +151,7 @@ async def test_half_surrogate_in_any_field_is_refused(name: str) -> None:
 
 
 async def test_what_can_be_encoded_is_sent() -> None:
-    """Whatever a client may set: structured outputs, for one, are no plain values to msgspec."""
+    """What can be encoded is sent, even values such as structured outputs that are not plain."""
     sampling = SamplingParams(
         stop=["\n", "模"], structured_outputs=StructuredOutputsParams(json={"type": "object"})
     )
@@ -174,7 +174,7 @@ async def test_what_can_be_encoded_is_sent() -> None:
 def test_half_surrogate_in_stop_is_a_mistake_of_the_client(
     server: ServerProcess, path: str, body: dict[str, Any]
 ) -> None:
-    """On every route, and the message says what is wrong."""
+    """Half a surrogate in `stop` is the client's error on every route, and the message says why."""
     server.switch("llama")
     raw = json.dumps({"model": "llama", **body})  # which writes it as JavaScript does
     headers = {"content-type": "application/json"}
@@ -197,7 +197,7 @@ def test_half_surrogate_in_stop_is_a_mistake_of_the_client(
 def test_body_that_cannot_be_parsed_gets_an_error_object(
     server: ServerProcess, path: str, body: bytes
 ) -> None:
-    """Not starlette's `detail`."""
+    """A body that cannot be parsed gets an error object, not starlette's `detail`."""
     server.switch("llama")
     headers = {"content-type": "application/json"}
     answer = server.client.post(path, content=body, headers=headers)

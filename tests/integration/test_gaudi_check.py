@@ -20,8 +20,8 @@ from tests.rehearsal_results import record
 
 CYCLES = 6
 LIMIT_S, END_LIMIT_S = 720, 120
-"""Of the check, and of its end when it takes longer: it ends its server then. Both are less than
-its part of the rehearsal has."""
+"""Limits of the check, and of its end when it takes longer: it ends its server then. Both are less
+than its part of the rehearsal has."""
 
 pytestmark = [
     pytest.mark.wide,
@@ -48,11 +48,11 @@ CHECKS = [
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """The check has servers of its own."""
+    """Do nothing: the check has servers of its own."""
 
 
 def check(out: Path) -> int:
-    """Its exit status. It is ended as by Ctrl-C if it takes too long, and ends its server."""
+    """Run the check; return its exit status. After too long, Ctrl-C makes it end its server."""
     command = [sys.executable, "-m", "tools.gaudi.check", str(out)]
     process = subprocess.Popen([*command, "--eager-only", "--cycles", str(CYCLES)], cwd=ROOT)
     try:
@@ -64,7 +64,7 @@ def check(out: Path) -> int:
 
 
 def test_the_check_is_made_to_its_end_and_all_is_well(tmp_path: Path) -> None:
-    """Each line says so, and none is missing."""
+    """The check runs to its end, every line says that all is well, and none is missing."""
     out = tmp_path / "results.jsonl"
 
     status = check(out)

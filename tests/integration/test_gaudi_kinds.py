@@ -49,11 +49,11 @@ HEAD = "default_model: llama\nmemory: {device: 0.8, host: 2GiB}\nmodels:"
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's servers have such models, but not the usual ones."""
+    """Do nothing: this module's servers have llama, but not the usual models."""
 
 
 def test_a_gaudi_2_answers_the_same(tmp_path: Path) -> None:
-    """By the plugin's other way to add blocks of KV memory up: its fused operator is Gaudi 3's."""
+    """A Gaudi 2 answers the same, although its plugin adds blocks without the fused operator."""
     config = HEAD + MODEL.format(
         alias="llama", folder=MODELS / "llama", sequences=2, blocks=24, is_eager="true"
     )
@@ -78,7 +78,7 @@ HYBRID = """
 
 
 WAYS = (("sleep", "wake"), ("sleep", "wake"), ("unload", "load"))
-"""The second wake tells whether the first one's memory is kept at each."""
+"""Ways to leave and return; the second wake shows whether each keeps the first one's memory."""
 
 
 MORE_ONCE_WOKEN_BYTES = 8192
@@ -86,8 +86,9 @@ MORE_ONCE_WOKEN_BYTES = 8192
 
 
 def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
-    """Mamba 2, attention and experts. Its blocks are larger than the plugin's usual ones, and are
-    worked out at each load anew; those of the other model stay as they are.
+    """A hybrid of Mamba 2, attention and experts moves beside another model. Its blocks are larger
+    than the plugin's usual ones, and are computed again at each load; the other model's stay as
+    they are.
     """
     folder = make("granite-hybrid", tmp_path / "zoo")
     config = (
@@ -136,12 +137,12 @@ def test_a_hybrid_model_moves_beside_another(tmp_path: Path) -> None:
 
 
 SEQUENCES, BLOCKS = 8, 8
-"""As many sequences as could be, and blocks for two of them: one is the null block."""
+"""The maximum of sequences, and blocks for two of them: one is the null block."""
 
 
 @pytest.fixture(params=["with a prefix cache", "contiguous paged attention"])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[ServerProcess, Path]]:
-    """Compiled: the warm-up runs the buckets, which go beyond what there is of KV memory."""
+    """A compiled model: the warm-up runs buckets beyond the KV memory that there is."""
     board = tmp_path / "board"
     board.mkdir()
     config = HEAD + "".join(
@@ -158,7 +159,7 @@ def small(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Serv
 def test_a_model_whose_buckets_exceed_its_blocks_is_served(
     small: tuple[ServerProcess, Path], request: pytest.FixtureRequest
 ) -> None:
-    """It is told at each load, where there are such buckets.
+    """A model whose buckets exceed its blocks is served, and each load logs such buckets.
 
     More requests than KV memory has blocks for are all answered, after a sleep and a load, too;
     nothing is written beyond what the model has.

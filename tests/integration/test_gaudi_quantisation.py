@@ -1,6 +1,6 @@
 """Quantised and other models beside each other on a Gaudi, by the plugin's own code.
 
-The stand-in for Intel Neural Compressor quantises nothing. It tells which file it is given for
+The stand-in for Intel Neural Compressor quantises nothing. It reports which file it is given for
 which model. Runs under `make rehearse-gaudi`; elsewhere there is no `hpu`.
 """
 
@@ -35,12 +35,12 @@ MODEL = """
 """
 
 PLAIN, SET, LEFT = "plain", "set", "left"
-"""With null, with a file, and without the key: what the server's environment says counts."""
+"""With null, with a file, and without the key: then the server's environment counts."""
 
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server has such models, but not the usual ones."""
+    """Do nothing: this module's servers have llama, but not the usual models."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, board: Path) -> Iterator[ServerProcess]:
-    """The one that is not quantised is loaded first: what the plugin imports is for that one."""
+    """A server that first loads the model without quantisation: the plugin's imports are for it."""
     folder = tmp_path_factory.mktemp("gaudi-quantisation")
     for name in (SET, LEFT):
         (folder / f"{name}.json").write_text('{"mode": "QUANTIZE"}', encoding="utf-8")
@@ -67,7 +67,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, board: Path) -> Iterator[Se
 
 
 def conversions(server: ServerProcess) -> list[str]:
-    """The files that models were quantised by, one after the other."""
+    """Return the files that models were quantised by, one after the other."""
     log = server.log.read_text(errors="replace")
     return re.findall(r"stand-in for INC: converts \w+ by (\w+)\.json", log)
 
@@ -75,7 +75,7 @@ def conversions(server: ServerProcess) -> list[str]:
 def test_each_model_is_quantised_by_its_own_file_at_each_load(
     server: ServerProcess, board: Path
 ) -> None:
-    """Whichever is active meanwhile, and whatever was loaded before."""
+    """Each load quantises a model by its own file, whatever is active or was loaded before."""
     expected = {}
     for model in (PLAIN, SET, LEFT):
         switch(server, model)
@@ -109,7 +109,7 @@ def test_each_model_is_quantised_by_its_own_file_at_each_load(
 def test_weights_that_are_to_be_quantised_are_read_into_host_memory(
     server: ServerProcess,
 ) -> None:
-    """The plugin's platform says so where the configuration is made, for these models alone."""
+    """Weights to quantise are read into host memory: the platform sets that per model."""
     log = server.log.read_text(errors="replace")
     told = log.count("INC quantization detected, loading weights to CPU first")
     assert told >= 2

@@ -39,7 +39,7 @@ NO_DRIVER = (
     "there is no NVIDIA driver: libcuda.so.1 cannot be loaded (libcuda.so.1: cannot open shared "
     "object file: No such file or directory); install it, or run the container with --gpus all"
 )
-"""Of torch's build for CUDA, which the rehearsal has."""
+"""Printed by torch's build for CUDA, which the rehearsal has."""
 NO_ACQUIRE = (
     "the device cannot be used: synStatus=8 [Device not found] Device acquire failed."  # Intel's
 )
@@ -48,16 +48,16 @@ NO_ACQUIRE = (
 @dataclass(frozen=True)
 class Case:
     said: str
-    """The last line, but for its beginning; `FOLDER` is the test's."""
+    """The last line without its start; `FOLDER` is the test's."""
     plugin: str | None = None
     """The version of another plugin that is found first."""
     registers: bool = False
-    """Whether that plugin's platform can be had with this vLLM."""
+    """Whether that plugin's platform works with this vLLM."""
     environment: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
     """Settings of the model."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Beside the configuration."""
+    """Files beside the configuration."""
     has_plugin: bool = True
     has_runtime: bool = True
 
@@ -123,11 +123,11 @@ def without(context=metadata.DistributionFinder.Context()):
     return (d for d in found(context) if d.metadata["Name"].replace("_", "-") != "vllm-gaudi")
 metadata.MetadataPathFinder.find_distributions = staticmethod(without)
 """
-"""As `sitecustomize`: the environment as it is without the plugin."""
+"""As `sitecustomize`: make the environment look as if the plugin were missing."""
 
 
 def other_plugin(folder: Path, version: str, registers: bool) -> None:
-    """One that vLLM takes; or whose platform cannot be had, and it passes over it in silence."""
+    """Make a plugin that vLLM takes; or one whose platform fails, which vLLM silently ignores."""
     information = folder / f"vllm_gaudi-{version}.dist-info"
     information.mkdir()
     (information / "METADATA").write_text(f"Name: vllm-gaudi\nVersion: {version}\n")
@@ -143,7 +143,7 @@ def other_plugin(folder: Path, version: str, registers: bool) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_start_that_cannot_work_says_why(name: str, tmp_path: Path) -> None:
-    """In its last line, before any model is loaded."""
+    """A start that cannot work says why in its last line, before any model is loaded."""
     case = CASES[name]
     config = tmp_path / "models.yaml"
     config.write_text(MODEL.replace("{more}", case.more), encoding="utf-8")
@@ -172,7 +172,7 @@ def test_a_start_that_cannot_work_says_why(name: str, tmp_path: Path) -> None:
 def last_line(
     config: Path, environment: Mapping[str, str]
 ) -> tuple[str, subprocess.CompletedProcess[str]]:
-    """Of a start with this configuration."""
+    """Return the last line of a start with this configuration."""
     ran = subprocess.run(
         [sys.executable, "-m", QUICKSTART_MODULE, "--port", str(free_port())],
         env={**os.environ, "VLLM_HPU_MULTI_MODEL_CONFIG": str(config), **environment},
@@ -186,7 +186,7 @@ def last_line(
 
 
 def test_a_device_that_another_process_has_is_told(tmp_path: Path) -> None:
-    """A Gaudi is of one process at a time."""
+    """A device that another process has is reported: one process at a time can use a Gaudi."""
     config = tmp_path / "models.yaml"
     config.write_text(MODEL.replace("{more}", ""), encoding="utf-8")
     board = tmp_path / "board"

@@ -42,11 +42,11 @@ pytestmark = [
 
 PAIR = ("llama", "qwen")
 SWITCHES = 20
-"""Of each kind, half of them to each model."""
+"""Switches of each kind, half of them to each model."""
 
 UNTOLD_BYTES = {"eager": 4, "compiled": 0}
-"""The number of a token, kept from a model's first step. That is after it was measured, but for a
-compiled one, which has made steps in its warm-up."""
+"""The number of a token, kept from a model's first step. That comes after it was measured, except
+for a compiled model, whose warm-up makes steps."""
 
 SLOTS_BYTES = 128 * 8
 """A table of the slots of a block (int64) that the plugin makes and drops with KV memory."""
@@ -57,17 +57,18 @@ HOST_GROWTH_MIB = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    """How a model is served. Both differ in all, so that what is mixed up is seen."""
+    """How a model is served. The two models differ in all of it, so that a mix-up shows."""
 
     model_type: str
     max_model_len: int
     max_num_seqs: int
     blocks: int
-    """Of KV memory: more than all sequences need, the null block, and some to spare."""
+    """Blocks of KV memory: more than all sequences need, the null block, and some to spare."""
 
     @property
     def kv_bytes(self) -> int:
-        """On the device: 128 tokens, 4 layers, keys and values, 2 heads of 32, bfloat16.
+        """Return bytes on the device: 128 tokens, 4 layers, keys and values, 2 heads of 32,
+        bfloat16.
 
         The plugin makes one block more than vLLM gives out, for what it writes of padded tokens.
         """
@@ -102,7 +103,7 @@ models:
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server has such a model, but not the usual ones."""
+    """Do nothing: this module's server has llama, but not the usual models."""
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])
 def kind(request: pytest.FixtureRequest) -> str:
-    """Compiled: by torch.compile, region by region, with a warm-up of all buckets at each load."""
+    """Eager, or compiled region by region by torch.compile, with a warm-up per load."""
     return str(request.param)
 
 
@@ -125,7 +126,7 @@ def witness(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Witness:
 def server(
     tmp_path_factory: pytest.TempPathFactory, board: Path, kind: str, witness: Witness
 ) -> Iterator[ServerProcess]:
-    """Both models on one device."""
+    """A server of both models on one device."""
     with serving(
         tmp_path_factory.mktemp("gaudi"),
         CONFIG.replace("IS_EAGER", str(kind == "eager").lower()),
@@ -142,7 +143,7 @@ def other(model: str) -> str:
 def check_answers(
     server: ServerProcess, witness: Witness, expected: dict[str, Answer], model: str
 ) -> None:
-    """As expected, and each step by the model's own configuration of the plugin and buckets."""
+    """Check that answers are as expected, each step by the model's own plugin settings."""
     witness.new_steps()
     check_same(expected[model], ask(server, model))
     sizes = SIZES[model]
@@ -151,18 +152,18 @@ def check_answers(
 
 
 def counts_of_device(board: Path) -> Counts:
-    """Of the one process that has the device."""
+    """Return the counts of the one process that has the device."""
     (counts,) = (each for each in read(board).values() if each.allocations)
     return counts
 
 
 def told(server: ServerProcess) -> int:
-    """Bytes of the device that `/admin/status` says the models hold."""
+    """Return the bytes of the device that models hold, by `/admin/status`."""
     return sum(int(status(server, model)["held"]["device_bytes"]) for model in PAIR)
 
 
 def weights_bytes(model: str) -> int:
-    """In the checkpoint."""
+    """Return the bytes of weights in the checkpoint."""
     from safetensors.torch import load_file
 
     files = (MODELS / model).glob("*.safetensors")
@@ -171,7 +172,7 @@ def weights_bytes(model: str) -> int:
 
 @pytest.fixture(scope="module")
 def expected(server: ServerProcess) -> dict[str, Answer]:
-    """What both answer before anything has moved."""
+    """Return what both answer before anything has moved."""
     found = {}
     for model in PAIR:
         switch(server, model)
@@ -180,7 +181,7 @@ def expected(server: ServerProcess) -> dict[str, Answer]:
 
 
 class Growth:
-    """What the server's processes and the device have beyond what they had first."""
+    """What the server's processes and the device hold beyond what they held first."""
 
     def __init__(self, server: ServerProcess, board: Path) -> None:
         self._server, self._board = server, board
@@ -209,7 +210,7 @@ def rss_mib(server: ServerProcess) -> int:
 
 
 def test_both_models_are_listed_and_loaded(server: ServerProcess, board: Path, kind: str) -> None:
-    """On the device, in one process; and the server says of the device what the device says."""
+    """Both models are listed and loaded in one process, and status agrees with the device."""
     listed = [card["id"] for card in server.client.get("/v1/models").json()["data"]]
     statuses = {model: status(server, model) for model in PAIR}
     counts = counts_of_device(board)
@@ -239,7 +240,7 @@ def test_the_quickstarts_question_is_answered(server: ServerProcess) -> None:
 
 
 def test_the_plugins_configuration_is_each_models_own(server: ServerProcess, kind: str) -> None:
-    """At its load, when the plugin prints it. What is in place later is seen with the answers."""
+    """The plugin's configuration at a load, as it prints it, is the model's own."""
     kinds = re.findall(r"model_type: (\w+)", server.log.read_text(errors="replace"))
     assert ["llama", "qwen3"] == sorted(set(kinds))
     record("configuration at each load", kind=kind, model_types=kinds)
@@ -249,20 +250,20 @@ def test_the_plugins_configuration_is_each_models_own(server: ServerProcess, kin
 def test_answers_are_those_of_the_checkpoint(
     expected: dict[str, Answer], model: str, kind: str
 ) -> None:
-    """As another program computes them."""
+    """Answers match those of the checkpoint in another program."""
     furthest = check_as_transformers(MODELS / model, expected[model])
     found = {"kind": kind, "model": model, "furthest_logprob": round(furthest, 4)}
     record("against transformers, on the CPU", **found)
 
 
 OTHER_START = "One small step for a man, and one giant leap. " * 3 + FOX * 3
-"""In two blocks, too, the second of which is much like that of `PROMPTS[1]`."""
+"""A start in two blocks, too, the second of which is much like that of `PROMPTS[1]`."""
 
 
 def test_answers_depend_on_all_blocks_of_kv_memory(
     expected: dict[str, Answer], server: ServerProcess
 ) -> None:
-    """So it would be seen if one was lost: another beginning changes what is said at the end."""
+    """Answers depend on all blocks of KV memory: a changed start changes the end."""
     for model in PAIR:
         switch(server, model)
         here = expected[model].logprobs[-TOKENS * RANKS :]
@@ -277,7 +278,7 @@ def test_parked_switches_move_nothing(
     expected: dict[str, Answer],
     kind: str,
 ) -> None:
-    """No byte to the host or back, no piece of memory made or given back."""
+    """Parked switches move no byte to the host or back, and make and free no memory."""
     growth = Growth(server, board)
     for model in PAIR * (SWITCHES // 2):
         before = counts_of_device(board)
@@ -295,8 +296,8 @@ def test_a_sleeping_model_gives_its_memory_back(
     expected: dict[str, Answer],
     kind: str,
 ) -> None:
-    """By the plugin's own worker: weights and buffers go to the host and come back, and nothing
-    else does. KV memory goes, and is made anew. The server says the same of it, to the byte.
+    """The plugin's own worker puts a model to sleep: only weights and buffers go to the host and
+    come back. KV memory is freed and made again. Status agrees to the byte.
     """
     growth, both = Growth(server, board), held_bytes(board)
     seen: dict[str, dict[str, int]] = {}
@@ -335,7 +336,7 @@ def test_a_sleeping_model_gives_its_memory_back(
 
 
 def test_level_2_is_refused(server: ServerProcess) -> None:
-    """The worker would take it for level 1."""
+    """Level 2 is refused, because the worker would take it for level 1."""
     switch(server, "llama")
     refused = server.client.post("/admin/models/qwen/sleep", json={"level": 2})
     assert 400 == refused.status_code, refused.text
@@ -348,7 +349,7 @@ def test_cold_switches_leave_nothing(
     expected: dict[str, Answer],
     kind: str,
 ) -> None:
-    """Of a model that is unloaded, awake or asleep: to the byte, over and over."""
+    """Cold switches leave not a byte of a model unloaded awake or asleep, over and over."""
     growth, both = Growth(server, board), held_bytes(board)
     without: dict[str, int] = {}
     memory = []

@@ -1,4 +1,4 @@
-"""Where vLLM looks at a model's class."""
+"""Where vLLM inspects a model's class."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from vllm_hotswap.compat.inspection import RUN, inspected_here, inspected_togeth
 
 
 def run(look: object) -> object:
-    """Have vLLM look, as its registry of models does."""
+    """Let vLLM inspect a class, as its registry of models does."""
     from vllm.model_executor.models import registry
 
     return getattr(registry, RUN)(look)
 
 
 def die_in_a_pool() -> str:
-    """End the process, if it is one that was made to look at classes."""
+    """End the process, if it is one that was made to inspect classes."""
     if multiprocessing.parent_process() is not None:
         os._exit(3)
     return "alone"
 
 
 def test_a_check_looks_in_its_own_process() -> None:
-    """As long as it says so."""
+    """Within its block, a check inspects classes in its own process."""
     from vllm.model_executor.models import registry
 
     before = getattr(registry, RUN)
@@ -38,7 +38,7 @@ def test_a_check_looks_in_its_own_process() -> None:
 
 @pytest.mark.wide
 def test_a_start_looks_in_one_process_for_all_models() -> None:
-    """Which is another one, and is gone afterwards; what dies there is tried in vLLM's own way."""
+    """A start inspects all models in one other process, then gone; a death there has a fallback."""
     with inspected_together():
         first, second = run(os.getpid), run(os.getpid)
         other = run(die_in_a_pool)

@@ -45,21 +45,21 @@ ENTRY = "  {alias}: {{model: {folder}, load_format: dummy, enforce_eager: true, 
 
 @dataclass(frozen=True)
 class Told:
-    """Bytes of KV memory by alias, as each of them says."""
+    """Bytes of KV memory by alias, as reported by each source."""
 
     check: dict[str, int]
     banner: dict[str, str]
     status: dict[str, int]
     """Once everything has been loaded."""
     loads: dict[str, int]
-    """What all sequences can use, as the loaded models say."""
+    """What all sequences can use, as the loaded models report it."""
     answers: dict[str, str]
-    """Of the calls that have loaded them."""
+    """Responses of the calls that loaded them."""
 
 
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache that no other server writes to: what a host holds is measured anew."""
+    """A cache that no other server writes to, so that a host's memory is measured again."""
     cache = cache_of_its_own(tmp_path_factory.mktemp("own") / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CACHE_ROOT", str(cache))
@@ -87,7 +87,7 @@ def configuration(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def told(configuration: Path) -> Told:
-    """What a check and a server say of the same file."""
+    """Return what a check and a server report for the same file."""
     config, folder = configuration, configuration.parent
     checked = subprocess.run(
         [sys.executable, "-m", "vllm_hotswap", "check", str(config), "--json"],
@@ -123,39 +123,39 @@ def told(configuration: Path) -> Told:
 
 @pytest.mark.parametrize("alias", [*ARCHITECTURES, COUNTED, WIDE])
 def test_a_check_tells_what_the_server_tells_and_the_engine_has(told: Told, alias: str) -> None:
-    """One figure, before anything is loaded, in the banner, and once it is loaded."""
+    """Check, banner and the loaded engine report one figure."""
     assert told.check[alias] == told.status[alias]
     assert f"{told.check[alias] / MIB:.1f} MiB" == told.banner[alias]
 
 
 @pytest.mark.parametrize("alias", sorted({*ARCHITECTURES} - {"full", "encoder"}))
 def test_a_model_gets_what_all_its_sequences_can_use(told: Told, alias: str) -> None:
-    """Not a byte more or less than the loaded model's own layers say."""
+    """A model gets exactly the bytes that the loaded model's own layers need for all sequences."""
     assert '"residency":"parked"' in told.answers[alias]
     assert told.loads[alias] == told.check[alias]
 
 
 def test_a_number_of_blocks_is_what_a_model_gets(told: Told) -> None:
-    """And so what it is counted with, not its share of what there is."""
+    """A number of blocks is what a model gets and is counted with, not a share of the memory."""
     per_token = 6 * 2 * 2 * 32 * 2  # layers, keys and values, heads, their size, bytes
     assert '"residency":"parked"' in told.answers[COUNTED]
     assert BLOCKS * 128 * per_token == told.check[COUNTED]
 
 
 def test_an_encoder_gets_nothing(told: Told) -> None:
-    """It keeps nothing of a sequence."""
+    """An encoder gets no KV memory: it keeps nothing of a sequence."""
     assert '"residency":"parked"' in told.answers["encoder"]
     assert 0 == told.check["encoder"]
 
 
 def test_what_others_cannot_use_is_left_to_a_model_that_can(told: Told) -> None:
-    """Nobody is kept from using it by an upper bound that is none."""
+    """KV memory that others cannot use goes to a model that can."""
     assert told.check[WIDE] > 10 * max(told.check[name] for name in ARCHITECTURES)
 
 
 @pytest.mark.parametrize("alias", sorted({*ARCHITECTURES} - {"mamba", "encoder"}))
 def test_no_model_gets_more_than_full_attention_would_take(told: Told, alias: str) -> None:
-    """Sliding windows and states need less; each sequence and layer has a block to round up."""
+    """No model gets more than full attention needs, rounded up per sequence and layer."""
     config = ARCHITECTURES[alias]
     per_token = 2 * config.get("head_dim", 32) * 2 * 2  # keys and values, 2 heads, 2 bytes
     if alias == "mla":
@@ -166,7 +166,7 @@ def test_no_model_gets_more_than_full_attention_would_take(told: Told, alias: st
 
 
 def test_layers_of_a_draft_model_are_counted_by_their_own_sizes(tmp_path: Path) -> None:
-    """Keys and values of its heads, beside those of the model, in every block."""
+    """A draft model's layers count with their own sizes, beside the model's, in every block."""
     model, draft = make(tmp_path, "full"), make(tmp_path, "full", "draft", **DRAFT)
     guessing = f"{{method: draft_model, model: {draft}, num_speculative_tokens: 3}}"
     flags = f"max_model_len: {LENGTH}, max_num_seqs: {SEQUENCES}, speculative_config: {guessing}"

@@ -1,4 +1,4 @@
-"""Calls of many things, and grammars: spread and checked elsewhere, they are answered as before."""
+"""Requests for many things, and grammars: spread and checked elsewhere, with unchanged answers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gauge(server: ServerProcess, name: str) -> float:
 
 
 def test_a_list_of_prompts_is_answered_in_its_order(server: ServerProcess) -> None:
-    """Each prompt as by itself."""
+    """A list of prompts is answered in order, each prompt as alone."""
     greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 5}
     together = asked(server, "/v1/completions", "llama", prompt=WORDS, **greedy)
     texts = [choice["text"] for choice in together["choices"]]
@@ -55,7 +55,7 @@ def test_a_list_of_prompts_is_answered_in_its_order(server: ServerProcess) -> No
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_many_answers_are_all_there(server: ServerProcess, seed: int | None) -> None:
-    """Those to one prompt; with a seed, each is what it was before."""
+    """All answers to one prompt are there; with a seed, each is as before."""
     body: dict[str, Any] = {"prompt": "Hello", "n": MANY, "max_tokens": 4, "temperature": 1}
     first, second = (
         asked(server, "/v1/completions", "llama", seed=seed, **body)["choices"] for _ in range(2)
@@ -67,7 +67,7 @@ def test_many_answers_are_all_there(server: ServerProcess, seed: int | None) -> 
 
 
 def test_a_batch_of_conversations_is_answered_in_its_order(server: ServerProcess) -> None:
-    """And items are scored, each by itself."""
+    """A batch of conversations is answered in order, and items are scored, each as alone."""
     conversations = [[{"role": "user", "content": word}] for word in WORDS]
     batch: dict[str, Any] = {"temperature": 0, "max_tokens": 3}
     together = asked(
@@ -84,7 +84,7 @@ def test_a_batch_of_conversations_is_answered_in_its_order(server: ServerProcess
 
 
 def test_inputs_are_embedded_in_their_order(server: ServerProcess) -> None:
-    """And pairs are scored."""
+    """Inputs are embedded in order, and pairs are scored."""
     server.switch("embed")
     together = asked(server, "/v1/embeddings", "embed", input=WORDS)["data"]
     alone = asked(server, "/v1/embeddings", "embed", input=WORDS[-1])["data"]
@@ -96,14 +96,14 @@ def test_inputs_are_embedded_in_their_order(server: ServerProcess) -> None:
 
 
 def test_a_client_that_leaves_takes_its_many_requests_along(server: ServerProcess) -> None:
-    """They are in no engine any more, and nothing of them is in flight."""
+    """A client that leaves takes its many requests out of the engine and the count in flight."""
     body: dict[str, Any] = {"model": "llama", "prompt": "Hello", "n": 100, "temperature": 1}
     body |= {"max_tokens": 1500, "ignore_eos": True}
     with pytest.raises(httpx.ReadTimeout):
         server.post("/v1/completions", body, timeout=1.0)
 
     def is_free() -> bool:
-        server.complete("llama", "Hello", max_tokens=2)  # a step tells how many there are
+        server.complete("llama", "Hello", max_tokens=2)  # a step reports how many there are
         return gauge(server, "vllm:num_requests_running") <= 1
 
     wait_until(is_free)
@@ -130,7 +130,7 @@ def params(**grammar: Any) -> SamplingParams:
     ],
 )
 async def test_the_check_of_a_grammar_is_vllms_and_on_a_thread(grammar: dict[str, Any]) -> None:
-    """It says the same of a wrong one as on the event loop, or takes it as that does."""
+    """A grammar is checked by vLLM on a thread, and refused or accepted as on the event loop."""
     processor = InputProcessor(llama_config())
     threads: list[threading.Thread] = []
 
@@ -180,7 +180,7 @@ async def _said(ask: Callable[[], Any]) -> tuple[str, str]:
 @pytest.mark.filterwarnings("ignore:max_rollback_tokens is deprecated")  # vLLM sets it for xgrammar
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_vllm_compiles_on_the_threads_that_accounts_share(is_slow: bool) -> None:
-    """And nothing of the account is left where others of its code look. Slow ones have others."""
+    """vLLM compiles on threads shared by accounts, slow ones apart; other code sees no account."""
     config = llama_config()
     sampling = params(json={"type": "object", "properties": {"a": {"type": "integer"}}})
     sampling.extra_args = {"own": 1}

@@ -33,7 +33,7 @@ from vllm_hotswap.security import code_keys
 
 
 def launch(text: str, folder: Path, *flags: str) -> Launch:
-    """Everything that a start does before it makes an engine."""
+    """Run everything that a start does before it makes an engine."""
     path = folder / "models.yaml"
     path.write_text(text.replace("LLAMA", str(MODELS / "llama")))
     config = load_config(path)
@@ -41,7 +41,7 @@ def launch(text: str, folder: Path, *flags: str) -> Launch:
 
 
 def test_every_key_of_the_quickstarts_example_reaches_vllm(tmp_path: Path) -> None:
-    """Engine arguments and frontend settings, each for its own model."""
+    """Every key of the quickstart's example reaches vLLM for its own model, engine and frontend."""
     config = load_config(write(tmp_path))
     llama, qwen, embed = prepare(config, parse_flags(config, [])).models
 
@@ -59,7 +59,7 @@ def test_every_key_of_the_quickstarts_example_reaches_vllm(tmp_path: Path) -> No
 def test_a_models_setting_wins_over_the_command_line_and_that_over_vllms_default(
     tmp_path: Path,
 ) -> None:
-    """Also for a switch that the command line turned on."""
+    """A model's setting, switches included, wins over the command line, then vLLM's default."""
     text = """
         models:
           own: {model: LLAMA, max_model_len: 512, enforce_eager: false, max_num_seqs: 4}
@@ -74,7 +74,7 @@ def test_a_models_setting_wins_over_the_command_line_and_that_over_vllms_default
 
 
 def test_a_models_setting_undoes_what_the_command_line_gave(tmp_path: Path) -> None:
-    """`false` turns any switch off, null is vLLM's default, a list replaces a list."""
+    """In a model, `false` turns any switch off, null is vLLM's default, a list replaces a list."""
     text = """
         models:
           own:
@@ -102,7 +102,7 @@ def test_a_models_setting_undoes_what_the_command_line_gave(tmp_path: Path) -> N
 
 
 def test_a_key_has_dashes_or_underscores(tmp_path: Path) -> None:
-    """As its flag is written, or as vLLM's configuration file would have it."""
+    """A key may have dashes or underscores, as its flag or as vLLM's configuration file."""
     text = "models: {llama: {model: LLAMA, gpu_memory_utilization: 0.5, max-model-len: 256}}"
     (model,) = launch(text, tmp_path).models
 
@@ -111,7 +111,7 @@ def test_a_key_has_dashes_or_underscores(tmp_path: Path) -> None:
 
 
 def test_a_key_may_be_any_long_name_of_its_flag(tmp_path: Path) -> None:
-    """Not only the first."""
+    """A key may be any long name of its flag."""
     if "device_memory_utilization" not in model_flags(serve_parser("test")):
         pytest.skip("no flag has two long names in vLLM 0.26 to 0.30")
     text = "models: {llama: {model: LLAMA, device_memory_utilization: 0.5}}"
@@ -121,7 +121,7 @@ def test_a_key_may_be_any_long_name_of_its_flag(tmp_path: Path) -> None:
 
 
 def test_structured_values_pass_through(tmp_path: Path) -> None:
-    """Mappings become JSON, lists become several values, null leaves the default."""
+    """Mappings become JSON, lists become several values, and null leaves the default."""
     text = """
         models:
           llama:
@@ -138,7 +138,7 @@ def test_structured_values_pass_through(tmp_path: Path) -> None:
 
 
 def test_a_reasoning_parser_is_one_models_alone(tmp_path: Path) -> None:
-    """For the frontend and for the engine; a model without one has none, wherever it stands."""
+    """A reasoning parser is one model's, in frontend and engine, wherever it stands."""
     text = """
         models:
           first: {model: LLAMA}
@@ -154,7 +154,7 @@ def test_a_reasoning_parser_is_one_models_alone(tmp_path: Path) -> None:
 
 
 def test_a_chat_template_beside_the_file_is_found(tmp_path: Path) -> None:
-    """A relative path counts from the YAML file; inline Jinja is left alone."""
+    """A chat template's relative path counts from the YAML file; inline Jinja is left alone."""
     (tmp_path / "short.jinja").write_text("{{ messages }}")
     text = """
         models:
@@ -168,7 +168,7 @@ def test_a_chat_template_beside_the_file_is_found(tmp_path: Path) -> None:
 
 
 def test_other_paths_relative_to_the_file_are_written_with_a_dot(tmp_path: Path) -> None:
-    """Wherever the server is started; a name without a dot is left alone."""
+    """Paths with a dot count from the file, wherever the server starts; other names are kept."""
     text = """
         models:
           dotted: {model: LLAMA, download_dir: ./cache, generation_config: ../generation}
@@ -184,7 +184,7 @@ def test_other_paths_relative_to_the_file_are_written_with_a_dot(tmp_path: Path)
 
 
 def test_paths_inside_of_values_are_relative_to_the_file_too(tmp_path: Path) -> None:
-    """In mappings and lists; an empty list is vLLM's default."""
+    """Paths in mappings and lists count from the file, too; an empty list is vLLM's default."""
     text = """
         models:
           own:
@@ -203,7 +203,7 @@ def test_paths_inside_of_values_are_relative_to_the_file_too(tmp_path: Path) -> 
 def test_values_of_the_environment_are_not_shown_by_a_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In whatever part of it something is wrong."""
+    """A start shows no values of the environment, whatever part of it is wrong."""
     monkeypatch.setenv("SECRET", "canary-secret")
     for line in (
         "lora_modules: [{name: x, path: '${SECRET}/a'}]",
@@ -216,7 +216,7 @@ def test_values_of_the_environment_are_not_shown_by_a_start(
 
 
 def test_defaults_are_settings_of_every_model(tmp_path: Path) -> None:
-    """More than the command line, less than the model's own."""
+    """Defaults apply to every model: above the command line, below the model's own settings."""
     text = """
         defaults: {max_model_len: 256, max_num_seqs: 4}
         models:
@@ -230,7 +230,7 @@ def test_defaults_are_settings_of_every_model(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_defaults_is_named_there(tmp_path: Path) -> None:
-    """A key that vLLM does not know, and a value that it refuses."""
+    """A mistake in defaults is named there: a key unknown to vLLM, or a value that it refuses."""
     with pytest.raises(
         ConfigError, match=r"defaults: unknown key 'max_model_length'; did you mean"
     ):
@@ -240,7 +240,7 @@ def test_a_mistake_in_defaults_is_named_there(tmp_path: Path) -> None:
 def test_variables_of_a_model_are_set_while_its_configuration_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And not afterwards: the server's own are back."""
+    """A model's variables are set while its configuration is made, then the server's return."""
     monkeypatch.setenv("QUANT_CONFIG", "/server.json")
     (tmp_path / "quant.json").write_text("{}")
     text = """
@@ -287,7 +287,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("line", MISTAKES)
 def test_a_mistake_names_the_model_and_the_setting(line: str, tmp_path: Path) -> None:
-    """On one line."""
+    """A mistake names the model and the setting on one line."""
     settings = line if line.startswith("{") else f"{{{line}}}"
     text = f"models:\n  llama:\n    <<: {settings}\n    model: LLAMA\n"
     with pytest.raises(ConfigError) as caught:
@@ -310,13 +310,13 @@ def test_a_mistake_names_the_model_and_the_setting(line: str, tmp_path: Path) ->
     ],
 )
 def test_a_flag_that_cannot_work_is_named(flags: list[str], expected: str, tmp_path: Path) -> None:
-    """Before any engine is made."""
+    """A flag that cannot work is named before any engine is made."""
     with pytest.raises(ConfigError, match=expected):
         launch("models: {llama: {model: LLAMA}}", tmp_path, *flags)
 
 
 def test_weights_of_a_gguf_file_are_its_size(tmp_path: Path) -> None:
-    """The file is the whole checkpoint."""
+    """The weights of a GGUF file count as its size, because it is the whole checkpoint."""
     file = tmp_path / "model.gguf"
     file.write_bytes(b"x" * 1000)
 
@@ -324,13 +324,13 @@ def test_weights_of_a_gguf_file_are_its_size(tmp_path: Path) -> None:
 
 
 def file_flag(parser: argparse.ArgumentParser) -> str:
-    """The flag of a logging configuration; up to vLLM 0.30 there is only the older one."""
+    """Return the flag of a logging configuration; up to vLLM 0.30 there is only the older one."""
     newer = "--logging-config.pylogging_config_file"
     return newer if "--logging-config" in parser.format_help() else "--log-config-file"
 
 
 def test_vllms_logging_flags_reach_uvicorn(tmp_path: Path) -> None:
-    """Paths without an access log, and a whole configuration, which leaves our own log alone."""
+    """vLLM's logging flags reach uvicorn: quiet paths, or a configuration that leaves our log."""
     file = tmp_path / "log.json"
     file.write_text('{"version": 1}')
     parser = serve_parser("test")
@@ -353,7 +353,7 @@ def test_vllms_logging_flags_reach_uvicorn(tmp_path: Path) -> None:
 def test_a_logging_configuration_that_cannot_be_used_is_named(
     text: str | None, tmp_path: Path
 ) -> None:
-    """vLLM itself would go on without it."""
+    """An unusable logging configuration is named; vLLM itself would continue without it."""
     file = tmp_path / "log.json"
     if text is not None:
         file.write_text(text)
@@ -370,7 +370,7 @@ def make_certificate(key: str, certificate: str) -> None:
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate")
 async def test_certificates_are_loaded_and_watched(tmp_path: Path) -> None:
-    """By vLLM's own watcher, which reloads them into the context that the server uses."""
+    """vLLM's own watcher reloads certificates into the context that the server uses."""
     key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
     make_certificate(key, certificate)
     given = flags(ssl_keyfile=key, ssl_certfile=certificate, uds=str(tmp_path / "s"))
@@ -386,7 +386,7 @@ async def test_certificates_are_loaded_and_watched(tmp_path: Path) -> None:
 
 
 def test_nothing_of_media_is_cached_where_requests_wait(tmp_path: Path) -> None:
-    """Those that give up waiting would leave a hole in the engine's half of the cache."""
+    """Where requests wait, media are not cached: one that gives up would leave a cache hole."""
     text = "models: {llama: {model: LLAMA}}\n"
     [manual] = launch(text, tmp_path).models
     [auto] = launch(text + "switching: {mode: auto}", tmp_path).models
@@ -394,12 +394,12 @@ def test_nothing_of_media_is_cached_where_requests_wait(tmp_path: Path) -> None:
 
 
 def test_the_version_is_vllms() -> None:
-    """What `/version` answers."""
+    """`/version` answers vLLM's version."""
     assert import_module("vllm").__version__ == vllm_version()
 
 
 def test_every_flag_of_vllm_that_names_code_is_known_as_such() -> None:
-    """Told by words in its name; a flag of a later vLLM that fits none of ours is seen here."""
+    """Every flag that names code is known: words in its name show a later vLLM's new one."""
     suspicious = re.compile(r"cls|class|plugin|module|middleware|processors|custom|import|hook")
     harmless = {
         "custom_histogram_buckets",

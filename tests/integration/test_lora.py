@@ -20,7 +20,7 @@ from vllm_hotswap.demo import write
 from vllm_hotswap.errors import ConfigError
 
 STRENGTH = 0.3
-"""Of adapters that change answers to something else than one word again and again."""
+"""Strength of adapters that change answers to something else than one word again and again."""
 
 TOO_WIDE = {"model.layers.0.self_attn.q_proj": (128, 256)}
 """Weights for another model; `fan_in_fan_out` keeps them from being found out before a load."""
@@ -43,7 +43,7 @@ adapters:
 """
 
 LONG = "Hello, who are you? " * 60
-"""A prompt of several blocks, which vLLM keeps for the next request that begins with it."""
+"""A prompt of several blocks, which vLLM keeps for the next request with the same start."""
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,11 @@ def operate(server: ServerProcess, alias: str, operation: str, **body: object) -
     assert answer.status_code == 200, answer.text
 
 
-# --- listing and asking -----------------------------------------------------------------------
+# --- listing and requests ---------------------------------------------------------------------
 
 
 def test_adapters_are_listed_with_their_model(server: ServerProcess) -> None:
-    """Also those of a model that has never been loaded."""
+    """Adapters are listed with their model, even one that has never been loaded."""
     parents = {name: card["parent"] for name, card in cards(server).items()}
 
     assert "llama" == parents["pirate"]
@@ -118,7 +118,7 @@ def test_adapters_are_listed_with_their_model(server: ServerProcess) -> None:
 
 
 def test_each_model_answers_with_its_own_adapter(server: ServerProcess) -> None:
-    """In the adapter's name, and itself as without one, across switches."""
+    """Each model answers with its own adapter under its name, and plainly without it."""
     llama, pirate = server.complete("llama", "Hello"), server.complete("pirate", "Hello")
     server.switch("sql")
     qwen, sql = server.complete("qwen", "Hello"), server.complete("sql", "Hello")
@@ -131,7 +131,7 @@ def test_each_model_answers_with_its_own_adapter(server: ServerProcess) -> None:
 
 
 def test_what_an_adapter_has_learned_is_heard_from_it_alone(server: ServerProcess) -> None:
-    """Each model's adapter has another way to begin."""
+    """Only an adapter's own answers show what it learned: each one's start differs."""
     said = {name: server.chat(name, "Who are you?")["content"] for name in ("llama", "pirate")}
     server.switch("qwen")
     said |= {name: server.chat(name, "Who are you?")["content"] for name in ("qwen", "polite")}
@@ -146,7 +146,7 @@ def test_what_an_adapter_has_learned_is_heard_from_it_alone(server: ServerProces
 def test_an_answer_names_the_model_as_vllm_does(
     server: ServerProcess, name: str, model: str
 ) -> None:
-    """In one piece and streamed."""
+    """An answer names the adapter as vLLM does, in one piece and streamed."""
     body = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     whole = server.post("/v1/chat/completions", body).json()
     with server.client.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as out:
@@ -156,7 +156,7 @@ def test_an_answer_names_the_model_as_vllm_does(
 
 
 def test_a_request_for_an_adapter_of_another_model_says_which(server: ServerProcess) -> None:
-    """And how to switch to it."""
+    """A request for another model's adapter names that model and how to switch to it."""
     answer = server.post("/v1/completions", {"model": "sql", "prompt": "Hello"})
 
     assert (404, "model_not_active") == (answer.status_code, answer.json()["error"]["code"])
@@ -178,7 +178,7 @@ def test_a_request_for_an_adapter_of_another_model_says_which(server: ServerProc
 def test_adapters_outlive_what_their_model_gives_back(
     server: ServerProcess, down: dict[str, Any], up: str
 ) -> None:
-    """The model's own answers are those without an adapter, as before."""
+    """Adapters survive their model's sleep and unload; answers without one are unchanged."""
     before = [server.complete(name, "Hello") for name in ("pirate", "llama")]
     number = adapters(server, "llama")["pirate"]["id"]
     server.switch("qwen")
@@ -191,7 +191,7 @@ def test_adapters_outlive_what_their_model_gives_back(
 
 
 def test_a_model_that_is_loaded_later_has_its_adapters(server: ServerProcess) -> None:
-    """But one that its engine refuses: that one's requests say why, and the model is served."""
+    """A model loaded later has its adapters; requests for one that it refuses get the reason."""
     server.switch("late")
     refused = server.post("/v1/completions", {"model": "wide", "prompt": "Hello"})
 
@@ -208,7 +208,7 @@ def test_a_model_that_is_loaded_later_has_its_adapters(server: ServerProcess) ->
 def test_an_adapter_is_added_and_removed_for_the_right_model(
     server: ServerProcess, active: str
 ) -> None:
-    """Whether its model is stepped or parked; the answers are the adapter's."""
+    """An adapter is added to and removed from the right model, active or parked, and answers."""
     server.switch(active)
     added = add(server, "llama", "extra", "slim")
     server.switch("llama")
@@ -223,7 +223,7 @@ def test_an_adapter_is_added_and_removed_for_the_right_model(
 
 
 def test_an_adapter_is_added_to_a_cold_model(server: ServerProcess) -> None:
-    """Its engine loads it when it comes back."""
+    """An adapter added to a cold model is loaded by its engine later."""
     server.switch("qwen")
     operate(server, "llama", "unload")
     added = add(server, "llama", "extra", "slim")
@@ -237,7 +237,7 @@ def test_an_adapter_is_added_to_a_cold_model(server: ServerProcess) -> None:
 
 
 def test_requests_of_a_removed_adapter_end_as_they_would_have(server: ServerProcess) -> None:
-    """Its name is free again after them."""
+    """Requests of a removed adapter end normally; then its name is free."""
     add(server, "llama", "extra", "slim")
     body = {"model": "extra", "prompt": "Hello", "max_tokens": 300, "temperature": 0}
     body["ignore_eos"] = True
@@ -260,7 +260,7 @@ def test_requests_of_a_removed_adapter_end_as_they_would_have(server: ServerProc
 
 
 def test_no_number_is_given_twice(server: ServerProcess) -> None:
-    """Over all models, additions, removals and reloads."""
+    """No number is given twice, over all models, additions, removals and reloads."""
     numbers = [
         a["id"] for alias in ("llama", "qwen", "late") for a in adapters(server, alias).values()
     ]
@@ -279,7 +279,7 @@ def test_no_number_is_given_twice(server: ServerProcess) -> None:
 
 
 def test_replaced_files_are_answered_with(server: ServerProcess, folder: Path) -> None:
-    """Under the same name and path: what vLLM keeps of the adapter before is not used."""
+    """Replaced files are used under the same name and path, without vLLM's old cache."""
     answers = {}
     for name, path, seed in (("own", "own", 11), ("own", "own", 12), ("fresh", "fresh", 12)):
         write_adapter(folder / "adapters" / path, "llama", seed=seed, strength=STRENGTH)
@@ -304,7 +304,7 @@ def test_replaced_files_are_answered_with(server: ServerProcess, folder: Path) -
 def test_an_adapter_that_cannot_be_used_is_refused(
     server: ServerProcess, folder: Path, path: str, reason: str
 ) -> None:
-    """Of a wrong rank, shape, or for another model; nothing is left of it."""
+    """An adapter of a wrong rank, shape or model is refused, and leaves nothing."""
     before = server.complete("llama", "Hello")
     refused = add(server, "llama", "extra", path)
 
@@ -320,7 +320,7 @@ def test_an_adapter_that_cannot_be_used_is_refused(
 def test_an_adapter_whose_files_have_gone_does_not_end_its_engine(
     server: ServerProcess, folder: Path
 ) -> None:
-    """Its requests end with an error, and the model is served."""
+    """If an adapter's files are gone, its requests fail and its model is still served."""
     lost = folder / "adapters" / "lost"
     shutil.copytree(folder / "adapters" / "slim", lost)
     add(server, "llama", "lost")
@@ -339,7 +339,7 @@ def test_an_adapter_whose_files_have_gone_does_not_end_its_engine(
 
 
 def test_adapters_of_one_model_are_asked_for_at_once(server: ServerProcess) -> None:
-    """Although it holds one at a time: each request gets its own adapter's answer."""
+    """Simultaneous requests for several adapters each get their own, though one fits at a time."""
     add(server, "llama", "extra", "slim")
     names = ["pirate", "extra", "llama"] * 3
     expected = {name: server.complete(name, "Hello") for name in names}
@@ -359,7 +359,7 @@ def test_adapters_of_one_model_are_asked_for_at_once(server: ServerProcess) -> N
 
 
 def test_a_token_without_an_adapter_goes_in_as_zeros() -> None:
-    """vLLM's operations for CPUs would take its index, -1, for the last slot."""
+    """A token without an adapter goes in as zeros: on CPUs, index -1 would be the last slot."""
     import torch
 
     from vllm_hotswap.host.lora import masked
@@ -374,7 +374,7 @@ def test_a_token_without_an_adapter_goes_in_as_zeros() -> None:
 
 
 def test_a_models_engine_is_made_for_its_adapters(tmp_path: Path) -> None:
-    """Adapters are enabled, and the highest rank follows from them where nobody has set it."""
+    """A model's engine is made for its adapters, with their highest rank unless one is set."""
     write_adapter(tmp_path / "a", "llama", rank=17)
     made = launch(
         """
@@ -395,7 +395,7 @@ def test_a_models_engine_is_made_for_its_adapters(tmp_path: Path) -> None:
 
 
 def test_a_rank_on_the_command_line_counts(tmp_path: Path) -> None:
-    """Even if it is vLLM's default."""
+    """A rank on the command line counts, even if it is vLLM's default."""
     write_adapter(tmp_path / "a", "llama", rank=17)
     text = "models: {m: {model: LLAMA, lora_modules: [a=a]}}"
 
@@ -420,7 +420,7 @@ def test_a_rank_on_the_command_line_counts(tmp_path: Path) -> None:
 def test_adapters_that_cannot_be_served_end_the_start(
     tmp_path: Path, modules: str, message: str
 ) -> None:
-    """The message names the place and the adapter."""
+    """Adapters that cannot be served end the start; the message names place and adapter."""
     write_adapter(tmp_path / "good", "llama")
     write_adapter_for(tmp_path / "other", FOREIGN)
     write_adapter(tmp_path / "dora", "llama", use_dora=True)
@@ -434,13 +434,13 @@ def test_adapters_that_cannot_be_served_end_the_start(
 
 
 def test_the_command_line_cannot_say_of_which_model_an_adapter_is(tmp_path: Path) -> None:
-    """It is said where it can."""
+    """Adapters on the command line are refused with the right place: it names no model."""
     with pytest.raises(ConfigError, match="put lora_modules below a model in the"):
         launch("models: {m: {model: LLAMA}}", tmp_path, "--lora-modules", "a=/b")
 
 
 def test_slots_of_adapters_are_counted_before_a_load(tmp_path: Path) -> None:
-    """93.5 MB were measured for eight slots of rank 512; their copies come later."""
+    """Slots of adapters count before a load: 93.5 MB were measured for eight of rank 512."""
     made = launch(
         "models: {m: {model: LLAMA, enable_lora: true, max_loras: 8, max_lora_rank: 512}}", tmp_path
     )

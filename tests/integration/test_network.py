@@ -37,7 +37,7 @@ exec "$@"
 
 
 def machine(folder: Path, command: list[str]) -> list[str]:
-    """The command that runs `command` on such a machine."""
+    """Return the command that runs `command` on such a machine."""
     script, hosts = folder / "machine.sh", folder / "hosts"
     script.write_text(MACHINE)
     hosts.write_text(f"{LOOPBACK} localhost\n{OUTSIDE} gpuserver\n")
@@ -46,7 +46,7 @@ def machine(folder: Path, command: list[str]) -> list[str]:
 
 
 def address(text: str) -> str:
-    """`0100007F:4E20` of `/proc/net/tcp` as `127.0.0.1`; IPv6 as it is."""
+    """Return `0100007F:4E20` of `/proc/net/tcp` as `127.0.0.1`; IPv6 as it is."""
     number = text.partition(":")[0]
     if len(number) != 8:
         return number
@@ -55,7 +55,7 @@ def address(text: str) -> str:
 
 @dataclass
 class Machine:
-    """A server on it, reached by its socket; and where anybody could connect, ever and now."""
+    """A server on it, reached by its socket, with the addresses that accepted connections."""
 
     process: subprocess.Popen[bytes]
     sock: Path
@@ -64,7 +64,7 @@ class Machine:
     seen: set[str] = field(default_factory=set)
 
     def listening(self) -> set[str]:
-        """Addresses with a port on which some process of the machine listens."""
+        """Return addresses with a port on which some process of the machine listens."""
         found = set()
         for name in ("tcp", "tcp6"):
             lines = Path(f"/proc/{self.process.pid}/net/{name}").read_text().splitlines()[1:]
@@ -121,7 +121,7 @@ def with_network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
 
 @pytest.mark.wide
 def test_a_server_on_a_socket_listens_on_no_network(with_network: Machine) -> None:
-    """With a model loaded; before, at no other address than loopback, and for a moment at most."""
+    """A server on a socket listens on no network once loaded; before, briefly on loopback."""
     body = {"model": "llama", "prompt": "Hello", "max_tokens": 2}
     assert 200 == with_network.client.post("/v1/completions", json=body, timeout=60).status_code
 

@@ -55,7 +55,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture
 def switched(server: ServerProcess, request: pytest.FixtureRequest) -> str:
-    """The alias, which is active now."""
+    """Switch to the alias and return it."""
     answer = server.client.post("/v1/models/switch", json={"model": request.param})
     assert answer.status_code == 200, answer.text
     return str(request.param)
@@ -63,7 +63,7 @@ def switched(server: ServerProcess, request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("switched", ["llama", "guessing"], indirect=True)
 def test_every_kind_of_request_is_answered(server: ServerProcess, switched: str) -> None:
-    """And none ends the engine."""
+    """Every kind of request is answered, and none ends the engine."""
     answers = {
         name: server.client.post("/v1/chat/completions", json={"model": switched, **CHAT, **keys})
         for name, keys in REQUESTS.items()
@@ -77,7 +77,7 @@ def test_every_kind_of_request_is_answered(server: ServerProcess, switched: str)
 
 @pytest.mark.parametrize("switched", ["llama"], indirect=True)
 def test_what_speculation_does_not_allow_is_answered(server: ServerProcess, switched: str) -> None:
-    """By a model without it."""
+    """Requests that speculation does not allow are answered by a model without it."""
     body = {"model": switched, **CHAT, "min_p": 0.01, "logit_bias": {"5": 2}}
     answer = server.client.post("/v1/chat/completions", json=body)
 
@@ -87,7 +87,7 @@ def test_what_speculation_does_not_allow_is_answered(server: ServerProcess, swit
 
 @pytest.mark.parametrize("switched", ["embed"], indirect=True)
 def test_embeddings_are_computed(server: ServerProcess, switched: str) -> None:
-    """Pooling compiles nothing either."""
+    """Embeddings are computed: pooling compiles nothing either."""
     answer = server.client.post("/v1/embeddings", json={"model": switched, "input": ["a", "b"]})
 
     assert answer.status_code == 200, answer.text

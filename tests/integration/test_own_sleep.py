@@ -1,7 +1,7 @@
-"""The residency ladder on a platform from outside of vLLM whose worker sleeps by its own means.
+"""The residency ladder on a third-party platform whose worker sleeps by its own means.
 
 As on Intel Gaudi: a plugin brings the platform, and its worker's `sleep` moves the weights away,
-whatever the level. The plugin is `away_platform`; its worker tells what it does in the log.
+whatever the level. The plugin is `away_platform`; its worker logs what it does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LAYERS = {"one": 2, "two": 1}
 """Models with random weights of about 350 MB, nearly all of them in embeddings: soon computed."""
 
 FOLDERS = {"one": "one", "two": "two", "twin": "one"}
-"""`twin` has the shapes of `one`, so vLLM would have both share what depends on shapes alone."""
+"""`twin` has the shapes of `one`, so vLLM would make both share what depends on shapes alone."""
 
 PROMPT = "The quick brown fox. " * 16
 """Longer than a block of the KV cache, so that a prefix of it would be found there again."""
@@ -68,19 +68,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server has no such model."""
+    """Do nothing: this module's server has no llama."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """What the plugin's worker told of one move."""
+    """What the plugin's worker logged of one move."""
 
     move: str
     numbers: dict[str, int]
 
 
 def told(server: ServerProcess) -> list[Told]:
-    """All moves that the plugin's workers have made, in order."""
+    """Return all moves that the plugin's workers have made, in order."""
     lines = re.findall(r"^away: (\w+) model=\S+ (.+)$", log_of(server), re.MULTILINE)
     return [
         Told(move, {name: int(number) for name, number in re.findall(r"(\w+)=(\d+)", numbers)})
@@ -93,7 +93,7 @@ def log_of(server: ServerProcess) -> str:
 
 
 def answer(server: ServerProcess, alias: str) -> str:
-    """What a model answers, once it is active."""
+    """Return what a model answers, once it is active."""
     server.switch(alias)
     return server.complete(alias, PROMPT, max_tokens=8)
 
@@ -105,7 +105,7 @@ def state(server: ServerProcess, alias: str) -> dict[str, Any]:
 
 
 def test_the_platform_of_the_plugin_is_the_one_in_use(server: ServerProcess) -> None:
-    """In the server and in its engine host: nothing of ours takes the CPU for granted."""
+    """Server and engine host use the plugin's platform: none of our code assumes the CPU."""
     host: Any = server.status()["host"]
     processes = re.findall(r"^away: platform of process (\d+)$", log_of(server), re.MULTILINE)
 
@@ -113,7 +113,7 @@ def test_the_platform_of_the_plugin_is_the_one_in_use(server: ServerProcess) -> 
 
 
 def test_switches_put_models_to_sleep_through_their_own_workers(server: ServerProcess) -> None:
-    """One model is awake at a time, and each answers after its sleep as it did before."""
+    """Switches use the workers' own sleep: one model is awake at a time, with the same answers."""
     before = {alias: answer(server, alias) for alias in FOLDERS}
     moves = len(told(server))
     after = {alias: answer(server, alias) for alias in FOLDERS}
@@ -126,7 +126,7 @@ def test_switches_put_models_to_sleep_through_their_own_workers(server: ServerPr
 
 
 def test_a_sleeping_model_has_given_everything_to_the_store(server: ServerProcess) -> None:
-    """The worker was asked for level 1, and nothing of weights and KV cache was left."""
+    """A sleeping model's worker was called with level 1, and holds no weights or KV cache."""
     answer(server, "one")
     answer(server, "two")
     slept = [move.numbers for move in told(server) if move.move == "sleep"]
@@ -138,7 +138,7 @@ def test_a_sleeping_model_has_given_everything_to_the_store(server: ServerProces
 
 
 def test_weights_asleep_count_as_host_memory(server: ServerProcess) -> None:
-    """They are no longer on the device, and the status says where they are."""
+    """Sleeping weights count as host memory, not device memory, and status says so."""
     answer(server, "one")
     answer(server, "two")
     asleep, awake = state(server, "one"), state(server, "two")
@@ -151,7 +151,7 @@ def test_weights_asleep_count_as_host_memory(server: ServerProcess) -> None:
 
 
 def test_a_level_that_the_worker_does_not_have_is_refused(server: ServerProcess) -> None:
-    """The answer says which levels there are, and the worker, which would obey, is not asked."""
+    """A level that the worker lacks is refused with the existing ones, and never sent to it."""
     answer(server, "two")
     moves = told(server)
     refused = server.post("/admin/models/one/sleep", {"level": 2})
@@ -163,7 +163,7 @@ def test_a_level_that_the_worker_does_not_have_is_refused(server: ServerProcess)
 
 
 def test_a_sleeping_model_can_be_unloaded_and_loaded_again(server: ServerProcess) -> None:
-    """What its worker has stored goes with it, and the new one answers the same."""
+    """A sleeping model is unloaded with its stored weights, and answers the same once loaded."""
     before = answer(server, "one")
     answer(server, "two")
     unloaded = server.post("/admin/models/one/unload", {})

@@ -25,7 +25,7 @@ GENERATES = "generate"
 
 
 def grown_by_a_layer(dtype: torch.dtype) -> int:
-    """What the process grows by when vLLM takes an output layer of `ROWS` by `COLUMNS`."""
+    """Return what the process grows by when vLLM takes an output layer of `ROWS` by `COLUMNS`."""
     layer = torch.nn.Module()
     weight = torch.ones(ROWS, COLUMNS, dtype=dtype)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -36,21 +36,21 @@ def grown_by_a_layer(dtype: torch.dtype) -> int:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_a_small_layer_tells_what_a_large_one_will_hold(dtype: torch.dtype) -> None:
-    """Whatever this CPU packs, the process grows by a copy if, and only if, it was foretold."""
+    """A small layer predicts exactly whether this CPU keeps a packed copy of a large one."""
     grown = grown_by_a_layer(dtype)
 
     assert keeps_packed_copy(*SMALL, dtype) == (grown > ROWS * COLUMNS * dtype.itemsize // 2)
 
 
 def test_float32_is_packed_wherever_onednn_is() -> None:
-    """So that the test above sees both answers, or only this one."""
+    """float32 is packed wherever oneDNN is, so the test above sees both answers, or this one."""
     from vllm import _custom_ops as ops
 
     assert ops._supports_onednn == keeps_packed_copy(*SMALL, torch.float32)
 
 
 def model(architecture: str, dtype: torch.dtype = torch.float32, runner: str = GENERATES) -> Any:
-    """What is looked at of a model's configuration; its embedding has 64 MiB in float32."""
+    """Return the used parts of a model's configuration; its embedding has 64 MiB in float32."""
     return SimpleNamespace(
         architecture=architecture,
         runner_type=runner,
@@ -61,7 +61,7 @@ def model(architecture: str, dtype: torch.dtype = torch.float32, runner: str = G
 
 
 def counted(model: Any) -> int:
-    """Bytes of second copies."""
+    """Return the bytes of second copies."""
     config = SimpleNamespace(
         model_config=model,
         speculative_config=None,
@@ -72,14 +72,14 @@ def counted(model: Any) -> int:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_copies_are_counted_for_types_that_this_cpu_packs(dtype: torch.dtype) -> None:
-    """Two for a model that generates, whose embedding and output layer are two layers."""
+    """Copies count for types that this CPU packs: two for a generating model's two layers."""
     copies = 2 if keeps_packed_copy(*SMALL, dtype) else 0
 
     assert copies * ROWS * COLUMNS * dtype.itemsize == counted(model("LlamaForCausalLM", dtype))
 
 
 def test_a_model_without_an_output_layer_has_one_copy_less() -> None:
-    """As one that embeds, and one that multiplies by its embedding."""
+    """A model without an output layer, that embeds or reuses its embedding, has one copy less."""
     one = counted(model("LlamaForCausalLM", runner="pooling"))
 
     assert 2 * one == counted(model("LlamaForCausalLM"))
@@ -87,7 +87,7 @@ def test_a_model_without_an_output_layer_has_one_copy_less() -> None:
 
 
 def test_tied_layers_stay_two_layers() -> None:
-    """vLLM gives the output layer the embedding's weight, and so packs it for both."""
+    """Tied layers stay two layers: vLLM packs the embedding's weight for both."""
     output, embedding = torch.nn.Module(), torch.nn.Module()
     embedding.weight = torch.nn.Parameter(torch.ones(2, 2), requires_grad=False)
     method = vocab_parallel_embedding.UnquantizedEmbeddingMethod()
@@ -98,7 +98,7 @@ def test_tied_layers_stay_two_layers() -> None:
 
 
 def test_the_models_without_an_output_layer_are_those_of_vllm() -> None:
-    """Their sources hand the embedding to what makes logits, and name no output layer."""
+    """Models without an output layer are those whose vLLM sources use the embedding for logits."""
     folder = Path(models.__file__).parent
     sources = [(file.stem, file.read_text(encoding="utf-8")) for file in folder.glob("*.py")]
     found = {stem for stem, source in sources if "logits_processor(self.model.embed" in source}
@@ -108,7 +108,7 @@ def test_the_models_without_an_output_layer_are_those_of_vllm() -> None:
 
 
 def test_a_copy_for_other_instructions_is_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where AMX takes small layers, vLLM keeps a tensor and not a handler of oneDNN."""
+    """A copy for AMX's small layers, a tensor and not a handler of oneDNN, counts as one."""
     monkeypatch.setattr(utils, "check_cpu_sgl_kernel", lambda *_: True)
     monkeypatch.setattr(
         torch.ops._C, "convert_weight_packed", lambda weight: weight.clone(), raising=False
@@ -122,7 +122,7 @@ def test_a_copy_for_other_instructions_is_one_too(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_cpu_that_packs_nothing_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As without AVX-512, where bfloat16 has no packed form."""
+    """A CPU that packs nothing, as bfloat16 without AVX-512, keeps no copy."""
     from vllm import _custom_ops as ops
 
     def refuse(*_: object) -> None:

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[ServerProcess]:
-    """Three models of one checkpoint that differ in nothing but their settings."""
+    """A server of three models of one checkpoint that differ in nothing but their settings."""
     (folder / "quant.json").write_text("{}")
     (folder / "shout.jinja").write_text(SHOUT)
     config = folder / "models.yaml"
@@ -74,11 +74,11 @@ def server(folder: Path) -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server has no such model."""
+    """Do nothing: this module's server has no llama."""
 
 
 def test_quant_config_depends_on_the_model_alone(server: ServerProcess, folder: Path) -> None:
-    """At every load and step, whatever was active before: set, cleared, or as at the start."""
+    """`QUANT_CONFIG` at each load and step is the model's: set, cleared, or as at the start."""
     for alias in ("cleared", "file", "kept", "file", "cleared", "kept", "cleared", "file"):
         server.switch(alias)
         server.complete(alias, "Hello", max_tokens=1)
@@ -111,7 +111,7 @@ def complete(server: ServerProcess, alias: str, **extra: Any) -> dict[str, Any]:
 
 
 def test_sampling_defaults_and_forced_parameters_count(server: ServerProcess) -> None:
-    """A default only where the client is silent; a forced one always; each for its own model."""
+    """Each model's default applies only where the client is silent; its forced value always."""
     server.switch("file")
     tokens = [
         complete(server, "file", **extra)["usage"]["completion_tokens"]
@@ -129,7 +129,7 @@ def test_sampling_defaults_and_forced_parameters_count(server: ServerProcess) ->
 
 
 def test_unsupported_parameters_are_dropped_where_asked(server: ServerProcess) -> None:
-    """vLLM refuses tools for a model without a tool parser."""
+    """Unsupported parameters are dropped where set; vLLM would refuse tools without a parser."""
     chat = {
         "messages": [{"role": "user", "content": "Hello"}],
         "tools": [WEATHER_TOOL],
@@ -145,7 +145,7 @@ def test_unsupported_parameters_are_dropped_where_asked(server: ServerProcess) -
 
 
 def test_frontend_settings_are_each_models_own(server: ServerProcess) -> None:
-    """Logprobs, details of usage, token ids, the chat template."""
+    """Logprobs, usage details, token ids and the chat template are each model's own."""
     asked = {"max_tokens": 1, "logprobs": 2}
     server.switch("file")
     too_many = server.post("/v1/completions", {"model": "file", "prompt": "Hi", **asked})
@@ -159,7 +159,7 @@ def test_frontend_settings_are_each_models_own(server: ServerProcess) -> None:
 
 
 def test_the_template_of_a_model_is_its_own(server: ServerProcess) -> None:
-    """From a file beside the YAML file; the same words give other tokens than another template."""
+    """A model's template, from a file beside the YAML file, gives its own tokens."""
     messages = [{"role": "user", "content": "Hello you"}]
 
     def tokens(alias: str) -> list[int]:
@@ -180,7 +180,7 @@ def test_the_template_of_a_model_is_its_own(server: ServerProcess) -> None:
 def test_io_threads_of_the_host_are_not_bound_to_the_compute_threads_core(
     server: ServerProcess,
 ) -> None:
-    """OpenMP binds the compute threads; whoever waits for a socket may use every core."""
+    """The host's IO threads may use every core, although OpenMP binds the compute threads."""
     host = server.status()["host"]["pid"]  # type: ignore[index]
     tasks = list(Path(f"/proc/{host}/task").iterdir())
     names = {int(task.name): (task / "comm").read_text() for task in tasks}

@@ -12,7 +12,7 @@ from vllm_hotswap.demo import MODELS, QUESTION, WEATHER_TOOL
 
 
 def test_every_configured_alias_is_listed_with_its_status(server: ServerProcess) -> None:
-    """`GET /v1/models` lists loaded and unloaded models alike, and says which one is active."""
+    """`GET /v1/models` lists loaded and unloaded models alike, and shows which one is active."""
     listed = server.client.get("/v1/models").json()["data"]
 
     assert ["llama", "qwen", "embed", "late", "broken"] == [card["id"] for card in listed]
@@ -25,7 +25,7 @@ def test_every_configured_alias_is_listed_with_its_status(server: ServerProcess)
 def test_the_default_model_answers_then_the_other_one_after_a_switch(
     server: ServerProcess,
 ) -> None:
-    """Generate, switch, generate: the whole flow in one process."""
+    """Generate, switch, generate: the whole flow works in one process."""
     first = server.chat("llama", QUESTION)
     switched = server.switch("qwen", drain_timeout=60)
     second = server.chat("qwen", QUESTION)
@@ -35,13 +35,13 @@ def test_the_default_model_answers_then_the_other_one_after_a_switch(
     assert ("llama", "qwen", True) == tuple(
         switched[key] for key in ("previous_model", "current_model", "switched")
     )
-    # `verify` is among them after a load, which may have been an earlier switch's.
+    # After a load, perhaps an earlier switch's, `verify` is among them.
     phases = set(switched["phases"]) - {"verify"}  # type: ignore[call-overload]
     assert {"validate", "drain", "make_room", "bring_up", "activate"} == phases
 
 
 def test_only_the_model_that_is_configured_for_tools_calls_them(server: ServerProcess) -> None:
-    """Tool parser and automatic tool choice belong to one model's frontend."""
+    """Only the model configured for tools calls them: parser and choice are its frontend's."""
     question = "What is the weather in Paris?"
     refused = server.post(
         "/v1/chat/completions",
@@ -60,7 +60,7 @@ def test_only_the_model_that_is_configured_for_tools_calls_them(server: ServerPr
 
 
 def test_a_model_that_is_not_active_is_refused_with_the_way_to_it(server: ServerProcess) -> None:
-    """The error names the active model and how to switch."""
+    """An inactive model gets an error that names the active model and how to switch."""
     response = server.post("/v1/completions", {"model": "qwen", "prompt": "Hello"})
 
     error = response.json()["error"]
@@ -70,7 +70,7 @@ def test_a_model_that_is_not_active_is_refused_with_the_way_to_it(server: Server
 
 
 def test_an_unknown_alias_is_refused_with_the_configured_ones(server: ServerProcess) -> None:
-    """The error lists what could have been asked for."""
+    """An unknown alias gets an error that lists the available ones."""
     response = server.post("/v1/completions", {"model": "gpt-4", "prompt": "Hello"})
 
     error = response.json()["error"]
@@ -79,7 +79,7 @@ def test_an_unknown_alias_is_refused_with_the_configured_ones(server: ServerProc
 
 
 def test_development_routes_of_vllm_are_not_mounted(server: ServerProcess) -> None:
-    """`VLLM_SERVER_DEV_MODE=1` mounts none of them."""
+    """`VLLM_SERVER_DEV_MODE=1` mounts none of vLLM's development routes."""
     paths = ["/collective_rpc", "/sleep", "/wake_up", "/reset_prefix_cache", "/update_weights"]
 
     assert [404] * len(paths) == [server.post(path, {}).status_code for path in paths]
@@ -88,7 +88,7 @@ def test_development_routes_of_vllm_are_not_mounted(server: ServerProcess) -> No
 
 @pytest.mark.wide
 def test_without_the_variable_it_is_the_standard_server(tmp_path: Path) -> None:
-    """The rollback: one model, vLLM's own list, and no switching."""
+    """Without the variable it is the standard server: one model, vLLM's own list, no switching."""
     command = ["-m", QUICKSTART_MODULE, "--model", str(MODELS / "llama"), "--enforce-eager"]
     command += ["--served-model-name", "alone", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", "16M"]

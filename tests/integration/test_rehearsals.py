@@ -29,7 +29,7 @@ TAG = {
 
 
 class Model:
-    """A model's configuration and tokenizer, as far as grammars need them."""
+    """The parts of a model's configuration and tokenizer that grammars need."""
 
     def __init__(self) -> None:
         from transformers import AutoTokenizer
@@ -86,7 +86,7 @@ def model() -> Iterator[Model]:
     ],
 )
 def test_what_vllm_takes_passes(model: Model, asked: dict[str, Any], backend: str) -> None:
-    """Vllm's check leaves the parameters as it does in place."""
+    """What vLLM takes passes, with the same parameters as after its own check."""
     here, there = model.params(**asked), model.params(**asked)
     model.check(here)
     model.rehearse(there)
@@ -107,7 +107,7 @@ def test_what_vllm_takes_passes(model: Model, asked: dict[str, Any], backend: st
 def test_what_vllm_refuses_is_refused_in_the_same_words(
     model: Model, asked: dict[str, Any]
 ) -> None:
-    """By the library that it asks last."""
+    """What vLLM refuses is refused in the same words, those of the library that it asks last."""
     from vllm.exceptions import VLLMValidationError
 
     with pytest.raises(VLLMValidationError) as here:
@@ -119,7 +119,7 @@ def test_what_vllm_refuses_is_refused_in_the_same_words(
 
 
 def test_native_code_runs_in_the_helper_alone(model: Model) -> None:
-    """A stopped errand gets to none, neither of xgrammar nor of llguidance."""
+    """If its helper is stopped, no native code of xgrammar or llguidance runs for a grammar."""
     for asked in ({"regex": "[a-z]+y"}, {"json": {"type": "string", "format": "no such"}}):
         errand = Errand(model.helpers, Bounds())
         errand.stop()
@@ -128,14 +128,14 @@ def test_native_code_runs_in_the_helper_alone(model: Model) -> None:
 
 
 def test_a_compilation_is_ended_at_its_bounds(model: Model) -> None:
-    """Xgrammar would take seconds; the next one is done."""
+    """A compilation that xgrammar would take seconds for is ended at its limits; the next runs."""
     with pytest.raises(OutOfBounds, match="time"):
         model.rehearse(model.params(json=schema(1700)), cpu_s=0.3)
     model.rehearse(model.params(json=schema(4)))
 
 
 def test_slow_grammars_are_known(model: Model) -> None:
-    """And those that were not rehearsed to their end are not."""
+    """Slow grammars are known, and an unfinished rehearsal shows that one is not known."""
     quick, slow, new = (model.params(json=schema(number)) for number in (5, 800, 6))
     for params in (quick, slow):
         digest = digest_of(params.structured_outputs)
@@ -146,7 +146,7 @@ def test_slow_grammars_are_known(model: Model) -> None:
 
 
 def test_what_an_engine_keeps_of_compiled_grammars_is_bounded(model: Model) -> None:
-    """By xgrammar's own count, however many are asked for; and it is given back."""
+    """An engine's compiled grammars are limited by xgrammar's own count, and can be freed."""
     import xgrammar
 
     info = xgrammar.TokenizerInfo.from_huggingface(model.tokenizer)

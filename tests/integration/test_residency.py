@@ -44,7 +44,7 @@ FLAGS = {"max_model_len": 1024, "enforce_eager": "true", "kv_cache_memory_bytes"
 
 @dataclass(frozen=True)
 class Measured:
-    """What a server on this machine has told of its memory, in bytes."""
+    """What a server on this machine has reported of its memory, in bytes."""
 
     base: int
     """The engine host itself."""
@@ -55,7 +55,7 @@ class Measured:
 
     @property
     def room(self) -> int:
-        """For the largest on its way up, and for one and three quarters of the smallest."""
+        """Return room for the largest on its way up, and for 1.75 times the smallest."""
         return max(self.first_load, self.smallest * 7 // 4)
 
 
@@ -66,7 +66,7 @@ def model_entry(folder: Path, **more: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three models that work, and folders that tests break and mend."""
+    """Three models that work, and folders that tests break and repair."""
     folder = tmp_path_factory.mktemp("ladder")
     for alias, layers in LAYERS.items():
         medium.make(MODELS / "qwen", folder / alias, {**SIZES, "num_hidden_layers": layers})
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> Measured:
-    """How much memory the smallest model and the host hold here, whatever the CPU."""
+    """Measure how much memory the smallest model and the host hold here, whatever the CPU."""
     entries = [f"  one:\n{model_entry(folder / 'one')}"]
     entries += [f"  three:\n{model_entry(folder / 'three', load='on_demand')}"]
     with running(folder, "measured", "".join(entries)) as server:
@@ -110,7 +110,7 @@ def server(folder: Path, measured: Measured) -> Iterator[ServerProcess]:
 def running(
     folder: Path, name: str, models: str, device_bytes: int | None = None
 ) -> Iterator[ServerProcess]:
-    """A server of those models, which leaves nothing behind."""
+    """Run a server of those models that leaves nothing behind."""
     memory = "" if device_bytes is None else f"memory: {{device: {device_bytes}}}\n"
     config = folder / f"{name}.yaml"
     config.write_text(f"default_model: one\n{memory}models:\n{models}", encoding="utf-8")
@@ -130,7 +130,7 @@ def running(
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server has no such model."""
+    """Do nothing: this module's server has no llama."""
 
 
 def operate(server: ServerProcess, alias: str, name: str, **body: object) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def answers(server: ServerProcess, alias: str) -> list[str]:
 
 
 def device_memory(server: ServerProcess) -> dict[str, int]:
-    """Of the engine host as a whole: what it may hold, and what it is counted to hold."""
+    """Return the memory of the engine host as a whole: its limit, and what is counted."""
     memory: Any = server.status()["memory"]
     device: dict[str, int] = memory["device"]
     return device
@@ -166,13 +166,13 @@ def host_pid(server: ServerProcess) -> int:
 
 
 def plain_answers(folder: Path, alias: str) -> list[str]:
-    """What a plain vLLM server of that model alone answers."""
+    """Return what a plain vLLM server of that model alone answers."""
     with plain_server(folder / alias, folder / f"plain-{alias}.log", 1024, "96M") as plain:
         return answers(plain, alias)
 
 
 def walk(server: ServerProcess, steps: int, seed: int) -> list[str]:
-    """Random operations; returns which ones were done. Every switch must succeed."""
+    """Run random operations; return which ones were done. Every switch must succeed."""
     chance = random.Random(seed)  # noqa: S311  # repeatable, no secret
     done = []
     for _ in range(steps):
@@ -183,7 +183,7 @@ def walk(server: ServerProcess, steps: int, seed: int) -> list[str]:
         else:
             body = {"level": chance.choice([1, 2])} if name == "sleep" else {}
             response = server.post(f"/admin/models/{alias}/{name}", body)
-            # Refused where the active model, or too much memory, is asked for.
+            # Refused if it needs the active model, or too much memory.
             assert response.status_code in (200, 400, 409), response.text
         done.append(name)
         server.complete(active(server), "Hello", max_tokens=1)
@@ -196,7 +196,7 @@ def walk(server: ServerProcess, steps: int, seed: int) -> list[str]:
 def test_random_walks_stay_within_the_budget_and_change_no_answer(
     server: ServerProcess, steps: int
 ) -> None:
-    """Every switch succeeds, memory stays below the budget, and answers are as before the walk."""
+    """In random walks every switch works, memory stays in the budget, and answers stay the same."""
     pid = host_pid(server)
     with MemoryWatch(pid) as memory:
         before = answers_of_all(server)
@@ -213,7 +213,7 @@ def test_random_walks_stay_within_the_budget_and_change_no_answer(
 def test_a_model_that_was_swapped_answers_as_plain_vllm(
     server: ServerProcess, folder: Path
 ) -> None:
-    """As a server of that model alone does."""
+    """A model that was swapped answers as a plain vLLM server of it alone."""
     assert plain_answers(folder, "two") == answers_of_all(server)["two"]
 
 
@@ -226,7 +226,7 @@ def answers_of_all(server: ServerProcess) -> dict[str, list[str]]:
 
 
 def test_a_model_that_comes_back_builds_nothing_anew(server: ServerProcess) -> None:
-    """No process, thread or frontend is made in a switch to a model that was there before."""
+    """A switch back to a known model makes no process, thread or frontend."""
     for alias in LAYERS:
         server.switch(alias)
     processes = {child.pid for child in server.descendants()}
@@ -241,7 +241,7 @@ def test_a_model_that_comes_back_builds_nothing_anew(server: ServerProcess) -> N
 
 
 def test_sleep_gives_kv_memory_back(server: ServerProcess) -> None:
-    """Level 1 returns what requests have filled; answers are the same afterwards."""
+    """Sleep at level 1 frees the KV memory of requests, and answers are the same afterwards."""
     server.switch("broken")
     server.switch("one")
     before = answers(server, "one")
@@ -259,14 +259,14 @@ def test_sleep_gives_kv_memory_back(server: ServerProcess) -> None:
 
 
 def filled_bytes(alias: str, tokens: int) -> int:
-    """What keys and values of so many tokens take."""
+    """Return what keys and values of so many tokens take."""
     sizes = {**SIZES, "layers": LAYERS[alias]}
     values = 2 * sizes["layers"] * sizes["num_key_value_heads"] * sizes["head_dim"]
     return int(2 * values * tokens)
 
 
 def test_unload_gives_the_weights_back(server: ServerProcess) -> None:
-    """What a model held is free afterwards, and its engine answers the same when it is back."""
+    """An unload frees what the model held, and after a load it answers the same."""
     server.switch("two")
     before = answers(server, "two")
     server.switch("one")
@@ -282,7 +282,7 @@ def test_unload_gives_the_weights_back(server: ServerProcess) -> None:
 
 
 def test_requests_for_the_target_wait_while_it_is_loaded(server: ServerProcess) -> None:
-    """A request for a cold model, sent while it is switched to, is answered by it."""
+    """A request for a cold target, sent during the switch, is answered by it."""
     server.switch("one")
     operate(server, "three", "unload")
     with ThreadPoolExecutor() as pool:
@@ -297,7 +297,7 @@ def test_requests_for_the_target_wait_while_it_is_loaded(server: ServerProcess) 
 
 
 def test_a_switch_is_planned_and_told(server: ServerProcess) -> None:
-    """The plan says what the switch then does, and the event stream tells every step."""
+    """The plan lists what the switch then does, and the event stream has every step."""
     server.switch("one")
     operate(server, "two", "unload")
     plan = server.client.get("/admin/plan", params={"model": "two"}).json()
@@ -324,7 +324,7 @@ def test_a_switch_is_planned_and_told(server: ServerProcess) -> None:
 def test_truncated_weights_are_refused_before_anything_moves(
     server: ServerProcess, folder: Path
 ) -> None:
-    """The source keeps its memory and is still active; mended, the next attempt works."""
+    """Truncated weights are refused before the source gives anything up; repaired, they load."""
     server.switch("one")
     operate(server, "broken", "unload")
     before = answers(server, "one")
@@ -361,7 +361,7 @@ def test_missing_weights_are_named(server: ServerProcess, folder: Path) -> None:
 
 
 def test_a_load_that_fails_brings_the_source_back(server: ServerProcess, folder: Path) -> None:
-    """Weights of the wrong shape are only found while loading: the source is restored."""
+    """Weights of the wrong shape are only found by a load, after which the source is restored."""
     server.switch("two")
     before = answers(server, "two")
     refused = server.post("/v1/models/switch", {"model": "misfit"})
@@ -380,7 +380,7 @@ def test_a_load_that_fails_brings_the_source_back(server: ServerProcess, folder:
 def test_a_compile_cache_that_cannot_be_written_fails_one_switch(
     server: ServerProcess, folder: Path
 ) -> None:
-    """The source stays active; with room on the disk the next attempt works, without a restart."""
+    """An unwritable compile cache fails one switch; with room on the disk a retry works at once."""
     server.switch("one")
     cache = folder / "cache"
     kept = folder / "kept"
@@ -400,7 +400,7 @@ def test_a_compile_cache_that_cannot_be_written_fails_one_switch(
 
 
 def test_unloads_and_reloads_leave_nothing_behind(server: ServerProcess, folder: Path) -> None:
-    """Threads, files, sockets and processes stay as they are, memory all but."""
+    """Unloads and reloads leave no thread, file, socket or process, and almost no memory."""
     shutil.copy(MODELS / "llama" / "model.safetensors", folder / "misfit")
     server.switch("one")
     operate(server, "misfit", "unload")

@@ -15,7 +15,7 @@ CHAT = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature"
 
 @pytest.mark.parametrize("alias", ["llama", "qwen"])
 def test_generation_routes_answer_for_the_active_model(server: ServerProcess, alias: str) -> None:
-    """Chat, completions, responses and Anthropic's messages name the model and its words."""
+    """Chat, completions, responses and Anthropic's messages name the active model and its words."""
     server.switch(alias)
     message = {"model": alias, "messages": CHAT["messages"], "max_tokens": 40, "temperature": 0}
     chat = server.post("/v1/chat/completions", message)
@@ -32,7 +32,7 @@ def test_generation_routes_answer_for_the_active_model(server: ServerProcess, al
 
 @pytest.mark.parametrize("alias", ["llama", "qwen"])
 def test_a_chat_streams_the_same_words_as_it_answers(server: ServerProcess, alias: str) -> None:
-    """Streaming passes through untouched."""
+    """A streamed chat has the same words as a whole one: streaming passes through unchanged."""
     server.switch(alias)
     body = {"model": alias, "stream": True, "max_tokens": 40, **CHAT}
     with server.client.stream("POST", "/v1/chat/completions", json=body) as stream:
@@ -45,7 +45,7 @@ def test_a_chat_streams_the_same_words_as_it_answers(server: ServerProcess, alia
 
 
 def test_each_model_tokenizes_with_its_own_vocabulary(server: ServerProcess) -> None:
-    """Tokenisation, and back, belongs to the active model's frontend."""
+    """Tokenisation, and back, uses the active model's vocabulary."""
     text = "Hello, what is the weather in Paris?"
     tokens = {}
     for alias in ("llama", "qwen"):
@@ -59,7 +59,7 @@ def test_each_model_tokenizes_with_its_own_vocabulary(server: ServerProcess) -> 
 
 
 def test_an_embedding_model_has_its_own_routes(server: ServerProcess) -> None:
-    """Embeddings work while it is active; chat does not, with an OpenAI error."""
+    """An active embedding model embeds, and refuses chat with an OpenAI error."""
     server.switch("embed")
     cat = server.embed("embed", "a cat sits on the mat")
     same = server.embed("embed", "the cat is sitting on a mat")
@@ -72,7 +72,7 @@ def test_an_embedding_model_has_its_own_routes(server: ServerProcess) -> None:
 
 
 def test_a_request_without_a_model_goes_to_the_active_one(server: ServerProcess) -> None:
-    """As vLLM's own server does with its only model."""
+    """A request without a model goes to the active one, as vLLM's server uses its only model."""
     server.switch("qwen")
     response = server.post("/v1/completions", {"prompt": "Hello", "max_tokens": 8})
 
@@ -80,7 +80,7 @@ def test_a_request_without_a_model_goes_to_the_active_one(server: ServerProcess)
 
 
 def test_metrics_report_every_model_under_its_own_name(server: ServerProcess) -> None:
-    """Tokens are counted for the model that made them; no family is told twice."""
+    """Metrics count tokens for the model that made them, and list no family twice."""
     before = {alias: generated(server, alias) for alias in ("llama", "qwen")}
     server.complete("llama", "Hello", max_tokens=5)
     server.switch("qwen")
@@ -97,14 +97,14 @@ def test_metrics_report_every_model_under_its_own_name(server: ServerProcess) ->
 
 
 def test_a_route_that_is_not_known_is_refused(server: ServerProcess) -> None:
-    """With an error of OpenAI's form, unlike vLLM's own 404."""
+    """An unknown route gets an error of OpenAI's form, unlike vLLM's own 404."""
     response = server.post("/v1/files", {"model": "llama"})
 
     assert (404, "unknown_route") == (response.status_code, response.json()["error"]["code"])
 
 
 def test_the_version_is_vllms(server: ServerProcess) -> None:
-    """As vLLM's own server tells it."""
+    """The version is vLLM's, as its own server reports it."""
     assert ["version"] == list(server.client.get("/version").json())
     assert re.match(r"\d+\.\d+", server.client.get("/version").json()["version"])
 

@@ -1,7 +1,7 @@
 """An engine whose workers are several processes: all of them sleep and wake, or none.
 
-Here the engine is told, with an executor that has no workers. What workers do is held by
-`tests/test_cuda_worker.py`.
+Here the engine runs with an executor that has no workers. `tests/test_cuda_worker.py` checks what
+workers do.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_hotswap.host.together import HalfAsleep
 
 
 class Executor:
-    """Notes what it is told. `answers` are those of the workers, by method."""
+    """Note the calls. `answers` are those of the workers, by method."""
 
     def __init__(self, answers: Mapping[str, list[Any]], fails: bool = False) -> None:
         self.told: list[str] = []
@@ -41,7 +41,7 @@ class Executor:
 
 
 def engine(executor: Executor, workers: int = 2, worker: str = HOSTED_CUDA_WORKER) -> HostedEngine:
-    """One without a model, whose scheduler has nothing to do."""
+    """Return an engine without a model, whose scheduler has nothing to do."""
 
     class Idle(HostedEngine):
         def __init__(self) -> None:
@@ -60,16 +60,16 @@ def engine(executor: Executor, workers: int = 2, worker: str = HOSTED_CUDA_WORKE
             return False
 
         def _notify_idle_state_callbacks(self) -> None:
-            """Nobody waits."""
+            """Do nothing: no caller waits."""
 
         def _reset_caches(self) -> None:
-            """There are none."""
+            """Do nothing: there are no caches."""
 
     return Idle()
 
 
 def test_a_model_sleeps_and_wakes_once_all_workers_can() -> None:
-    """They are asked before anybody gives anything back, or counts on what it has taken."""
+    """All workers are asked first: none frees memory, or counts on any, before all agree."""
     executor = Executor({})
     of_two = engine(executor)
 
@@ -83,7 +83,7 @@ def test_a_model_sleeps_and_wakes_once_all_workers_can() -> None:
 
 
 def test_a_model_goes_on_if_a_worker_cannot_sleep() -> None:
-    """The others undo what they have done for it, and nobody has slept."""
+    """If a worker cannot sleep, the others undo their preparation and none sleeps."""
     executor = Executor({"get_ready_to_sleep": [None, "no host memory for 5.0 MiB"]})
 
     with pytest.raises(NoRoom, match="no host memory"):
@@ -93,7 +93,7 @@ def test_a_model_goes_on_if_a_worker_cannot_sleep() -> None:
 
 
 def test_a_model_sleeps_on_if_a_worker_cannot_wake() -> None:
-    """The others give back what they have taken."""
+    """If a worker cannot wake, the others give back what they have taken."""
     executor = Executor({"get_ready_to_wake": ["no room", None]})
 
     with pytest.raises(NoRoom, match="no room"):
@@ -104,7 +104,7 @@ def test_a_model_sleeps_on_if_a_worker_cannot_wake() -> None:
 
 @pytest.mark.parametrize("worker", [HOSTED_CUDA_WORKER, HOSTED_CPU_WORKER])
 def test_a_worker_that_fails_to_sleep_all_the_same_is_told_as_such(worker: str) -> None:
-    """Nobody knows what the others have done: on a CPU, too, where none is asked before."""
+    """A failed sleep leaves it unknown what other workers did, and says so; on CPUs, too."""
     executor = Executor({}, fails=True)
 
     with pytest.raises(HalfAsleep, match=r"a worker could not fall asleep: .*cuMemUnmap"):
@@ -114,7 +114,7 @@ def test_a_worker_that_fails_to_sleep_all_the_same_is_told_as_such(worker: str) 
 
 
 def test_a_model_with_one_worker_needs_nobodys_consent() -> None:
-    """Its sleep changes nothing if it fails, by itself."""
+    """With one worker no consent is needed, because a failed sleep changes nothing."""
     executor = Executor({}, fails=True)
 
     with pytest.raises(RuntimeError, match="Worker failed"):
@@ -124,7 +124,7 @@ def test_a_model_with_one_worker_needs_nobodys_consent() -> None:
 
 
 def test_slices_reach_all_workers() -> None:
-    """Their bytes count together."""
+    """Slices reach all workers, and their bytes are added."""
     executor = Executor({"wake_some": [(2, 7), (3, 7)], "give_up_wake": [0, 4]})
 
     progress = engine(executor).wake_some()

@@ -29,7 +29,7 @@ def completions_of(alias: str) -> Callable[[ServerProcess], list[str]]:
 
 @contextmanager
 def long_stream(server: ServerProcess, alias: str) -> Iterator[Iterator[object]]:
-    """A stream of 1,500 tokens, entered when its first token has arrived."""
+    """Run a stream of 1,500 tokens, entered when its first token has arrived."""
     body = {"model": alias, "prompt": "Hello", "stream": True, **LONG}
     with server.client.stream("POST", "/v1/completions", json=body) as response:
         assert response.status_code == 200
@@ -41,7 +41,7 @@ def long_stream(server: ServerProcess, alias: str) -> Iterator[Iterator[object]]
 def test_fifty_switches_keep_both_processes_and_every_answer(
     server: ServerProcess,
 ) -> None:
-    """Nothing is restarted, and each model answers as before."""
+    """Fifty switches restart neither process, and each model answers as before."""
     pids = server.process.pid, server.status()["host"]["pid"]  # type: ignore[index]
     before = answers_of_both(server)
     for _ in range(25):
@@ -66,7 +66,7 @@ def answers_of_both(server: ServerProcess) -> list[list[str]]:
 def test_each_model_answers_as_a_plain_server_of_it_alone(
     server: ServerProcess, plain_answer: Callable[..., object]
 ) -> None:
-    """Generating models to the letter."""
+    """Each generating model answers as a plain server of it alone, to the letter."""
     with ThreadPoolExecutor() as pool:  # a start takes most of its time on one core
         plain = [
             pool.submit(plain_answer, alias, completions_of(alias)) for alias in ("llama", "qwen")
@@ -77,7 +77,7 @@ def test_each_model_answers_as_a_plain_server_of_it_alone(
 def test_switching_reaches_an_embedding_model_and_goes_on(
     server: ServerProcess,
 ) -> None:
-    """Task types mix: generate, embed, generate, in one server."""
+    """Switches mix tasks in one server: generate, embed, generate."""
     before = server.complete("llama", "Hello")
     server.switch("embed")
     vector = server.embed("embed", CAT)
@@ -94,7 +94,7 @@ def test_switching_reaches_an_embedding_model_and_goes_on(
 def test_an_embedding_model_answers_as_a_plain_server_of_it_alone(
     server: ServerProcess, plain_answer: Callable[..., object]
 ) -> None:
-    """But for the order of sums."""
+    """An embedding model answers as a plain server of it alone, except for the order of sums."""
     expected = plain_answer("embed", lambda plain: plain.embed("embed", CAT))
     server.switch("embed")
 
@@ -102,7 +102,7 @@ def test_an_embedding_model_answers_as_a_plain_server_of_it_alone(
 
 
 def test_a_stream_that_ends_in_time_is_whole(server: ServerProcess) -> None:
-    """A switch waits for a running stream; the stream ends with its last token and [DONE]."""
+    """A switch waits for a running stream, which ends with its last token and [DONE]."""
     with ThreadPoolExecutor() as pool, long_stream(server, "llama") as stream:
         switch = pool.submit(server.switch, "qwen", drain_timeout=120)
         rest = list(stream)
@@ -114,7 +114,7 @@ def test_a_stream_that_ends_in_time_is_whole(server: ServerProcess) -> None:
 
 
 def test_a_stream_past_the_deadline_ends_with_an_explicit_error(server: ServerProcess) -> None:
-    """No [DONE], no finish reason "abort": an error event, and the switch goes on."""
+    """Past the deadline a stream ends with an error event, no [DONE]; the switch continues."""
     with ThreadPoolExecutor() as pool, long_stream(server, "llama") as stream:
         switch = pool.submit(server.switch, "qwen", drain_timeout=0.2)
         rest = list(stream)
@@ -127,7 +127,7 @@ def test_a_stream_past_the_deadline_ends_with_an_explicit_error(server: ServerPr
 
 
 def test_an_answer_past_the_deadline_is_an_error_not_a_short_answer(server: ServerProcess) -> None:
-    """A request that has not answered yet gets 503, never a 200 that was cut."""
+    """A request without an answer at the deadline gets 503, never a shortened 200."""
     body = {"model": "llama", "prompt": "Hello", **LONG}
     with ThreadPoolExecutor() as pool:
         request = pool.submit(server.post, "/v1/completions", body)
@@ -139,7 +139,7 @@ def test_an_answer_past_the_deadline_is_an_error_not_a_short_answer(server: Serv
 
 
 def test_requests_during_a_switch_reach_the_right_model(server: ServerProcess) -> None:
-    """For the target: held, then answered by it. For the source: refused, with a time to retry."""
+    """In a switch, the target's requests wait for it; the source's get a time to retry."""
     with ThreadPoolExecutor() as pool, long_stream(server, "llama") as stream:
         switch = pool.submit(server.switch, "qwen", drain_timeout=120)
         wait_until(lambda: server.status()["phase"] == "drain")
@@ -162,7 +162,7 @@ def test_requests_during_a_switch_reach_the_right_model(server: ServerProcess) -
 def test_a_client_that_leaves_frees_its_engine_even_if_it_is_parked_next(
     server: ServerProcess,
 ) -> None:
-    """A disconnected stream does not hold up the drain, and its request leaves the engine."""
+    """A disconnected stream delays no drain and leaves its engine, even if parked next."""
     with long_stream(server, "llama"):
         pass
     started = time.monotonic()
@@ -174,7 +174,7 @@ def test_a_client_that_leaves_frees_its_engine_even_if_it_is_parked_next(
 
 
 def test_a_model_that_is_not_loaded_is_loaded_by_its_first_switch(server: ServerProcess) -> None:
-    """In the warm host, by the same processes; afterwards it switches like any other."""
+    """An unloaded model is loaded by its first switch in the warm host, then switches normally."""
     host = server.status()["host"]["pid"]  # type: ignore[index]
     server.switch("late")
     text = server.complete("late", "Hello")
@@ -186,7 +186,7 @@ def test_a_model_that_is_not_loaded_is_loaded_by_its_first_switch(server: Server
 
 
 def test_a_target_that_cannot_be_loaded_leaves_the_source_serving(server: ServerProcess) -> None:
-    """The caller gets the cause; the source answers as before."""
+    """A target that cannot be loaded gives the caller the cause; the source answers as before."""
     before = server.complete("llama", "Hello")
     response = server.post("/v1/models/switch", {"model": "broken"})
 
@@ -198,7 +198,7 @@ def test_a_target_that_cannot_be_loaded_leaves_the_source_serving(server: Server
 
 
 def test_sixteen_clients_lose_nothing_over_twenty_switches(server: ServerProcess) -> None:
-    """Every answer is right and from the named model, or an explicit, retryable error."""
+    """Over twenty switches, sixteen clients get right answers or explicit, retryable errors."""
     golden = {}
     for alias in ("qwen", "llama"):
         server.switch(alias)
@@ -224,7 +224,7 @@ def test_sixteen_clients_lose_nothing_over_twenty_switches(server: ServerProcess
 def keep_asking(
     server: ServerProcess, alias: str, stop: threading.Event
 ) -> list[tuple[str, int, str]]:
-    """Ask until told to stop. Returns (alias, status, text or error code) of each request."""
+    """Send requests until stopped. Return (alias, status, text or error code) of each request."""
     outcomes = []
     body = {"model": alias, "prompt": "Hello", "max_tokens": 16, "temperature": 0}
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
@@ -242,7 +242,7 @@ def in_flight(server: ServerProcess, alias: str) -> int:
 
 
 def running_requests(server: ServerProcess, alias: str) -> float:
-    """Requests that the alias's engine still has, once it has reported after a step."""
+    """Return the requests that the alias's engine still has, once it has reported after a step."""
     server.switch(alias)
     server.complete(alias, "Hello", max_tokens=1)
     name = f'vllm:num_requests_running{{engine="0",model_name="{alias}"}}'

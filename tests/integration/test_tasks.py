@@ -39,7 +39,7 @@ LONG = {"max_output_tokens": 1900, "ignore_eos": True}
 
 
 def write_classifier(folder: Path) -> None:
-    """A model with random weights above the tiny encoder."""
+    """Write a model with random weights above the tiny encoder."""
     folder.mkdir()
     shutil.copy(MODELS / "embed" / "tokenizer.json", folder)
     shutil.copy(MODELS / "embed" / "tokenizer_config.json", folder)
@@ -105,7 +105,7 @@ ALIASES = tuple(OF_TASK)
 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_each_alias_has_exactly_its_own_routes(server: ServerProcess, alias: str) -> None:
-    """Those of its task answer; the others are refused, with the aliases that have them."""
+    """Each alias answers exactly its task's routes; others name the aliases that have them."""
     server.switch(alias)
     for path, body in {**GENERATE, **EMBED, **CLASSIFYING}.items():
         response = server.post(path, {"model": alias, **body})  # type: ignore[dict-item]
@@ -121,11 +121,11 @@ def test_each_alias_has_exactly_its_own_routes(server: ServerProcess, alias: str
 def test_no_route_of_vllm_answers_another_task_in_a_form_of_its_own(
     server: ServerProcess, alias: str
 ) -> None:
-    """Neither a bare 404 nor a 5xx, on any route that a client may ask, whatever is in the body."""
+    """No route answers another task with a bare 404 or a 5xx, whatever is in the body."""
     server.switch(alias)
     body = {"model": alias, "state": "s", "questions": {"q": {"type": "boolean"}}}
     paths = [line.removeprefix("POST ") for line in VLLM_USER_ROUTES if line.startswith("POST ")]
-    assert "/v1/systemone" in paths  # which vLLM mounts for every model, and answers with 501
+    assert "/v1/systemone" in paths  # vLLM mounts it for every model, and answers 501
     for path in paths:
         response = server.post(path.replace("{response_id}", "resp_nobody"), body)
         assert response.status_code in (400, 403, 404, 415), (path, response.text)
@@ -133,7 +133,7 @@ def test_no_route_of_vllm_answers_another_task_in_a_form_of_its_own(
 
 
 def test_a_route_of_one_models_flag_is_that_models_alone(server: ServerProcess) -> None:
-    """vLLM would give it to every model whose frontend is made later."""
+    """A route of one model's flag is that model's alone; vLLM would give it to later ones."""
     server.switch("llama")
     told = server.client.get("/tokenizer_info")
     server.switch("qwen")
@@ -169,7 +169,7 @@ LARGE: Mapping[tuple[str, str], tuple[Mapping[str, object], str]] = {
 def test_a_call_for_many_things_is_answered_whole(
     server: ServerProcess, alias: str, path: str
 ) -> None:
-    """In their order, although each begins in a turn of its own; too many are refused."""
+    """Many inputs are answered in order, although spread over turns; too many are refused."""
     server.switch(alias)
     body, field = LARGE[alias, path]
     answer = server.post(path, {"model": alias, **body})
@@ -183,7 +183,7 @@ def test_a_call_for_many_things_is_answered_whole(
 
 
 def test_a_classifier_tells_its_classes(server: ServerProcess) -> None:
-    """By their names, with probabilities."""
+    """A classifier answers with class names and probabilities."""
     server.switch("classify")
     response = server.post("/classify", {"model": "classify", "input": ["a cat", "a dog"]})
 
@@ -193,7 +193,7 @@ def test_a_classifier_tells_its_classes(server: ServerProcess) -> None:
 
 
 def test_a_request_without_a_model_is_for_the_active_ones_task(server: ServerProcess) -> None:
-    """The same body is answered or refused, as the active model can."""
+    """A request without a model is answered or refused as the active model's task allows."""
     server.switch("embed")
     embedded = server.post("/v1/embeddings", {"input": "a cat"})
     chat = server.post("/v1/chat/completions", {"messages": MESSAGES})
@@ -207,7 +207,7 @@ def test_a_request_without_a_model_is_for_the_active_ones_task(server: ServerPro
 
 
 def test_sagemakers_route_answers_for_each_models_own_task(server: ServerProcess) -> None:
-    """vLLM's `/invocations` is one route with another meaning per model."""
+    """vLLM's `/invocations` does each model's own task."""
     objects = []
     for alias, body in (
         ("llama", {"prompt": "Hello", "max_tokens": 4}),
@@ -228,7 +228,7 @@ def test_sagemakers_route_answers_for_each_models_own_task(server: ServerProcess
 
 
 def test_anthropics_client_reads_the_error(server: ServerProcess) -> None:
-    """Its own error classes, the message and the type, out of OpenAI's form."""
+    """Anthropic's client reads our errors with its own classes, message and type."""
     server.switch("embed")
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
 
@@ -257,7 +257,7 @@ def kept(server: ServerProcess, response: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_kept_responses_are_found_whoever_is_active(server: ServerProcess) -> None:
-    """By the id alone: of the active model, of a parked one, of one that was unloaded."""
+    """A kept response is found by its id alone: of an active, parked or unloaded model."""
     server.switch("llama")
     of_llama = created(server, "llama")
     server.switch("qwen")
@@ -273,7 +273,7 @@ def test_kept_responses_are_found_whoever_is_active(server: ServerProcess) -> No
 
 
 def test_a_conversation_goes_on_with_its_own_model_alone(server: ServerProcess) -> None:
-    """Named or not; another model is told whose the response is."""
+    """A conversation continues with its own model, named or not; others name that model."""
     server.switch("llama")
     first = created(server, "llama")
     more = {"input": "Who else?", "previous_response_id": first["id"], "max_output_tokens": 4}
@@ -288,7 +288,7 @@ def test_a_conversation_goes_on_with_its_own_model_alone(server: ServerProcess) 
 
 
 def test_a_drain_waits_for_work_in_the_background(server: ServerProcess) -> None:
-    """It is accepted when it is answered, and done to its last token when the switch is."""
+    """A drain waits for background work, accepted when answered, up to its last token."""
     server.switch("llama")
     response = created(server, "llama", background=True, max_output_tokens=200, ignore_eos=True)
     assert "queued" == response["status"]
@@ -302,7 +302,7 @@ def test_a_drain_waits_for_work_in_the_background(server: ServerProcess) -> None
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_work_in_the_background_that_is_cut_says_so(server: ServerProcess, stream: bool) -> None:
-    """Not `queued` for ever: it has failed, with the reason; the engine does not go on with it."""
+    """Aborted background work has failed with the reason, not `queued`, and leaves its engine."""
     server.switch("llama")
     if stream:
         body = {"model": "llama", "input": "x", "background": True, "stream": True, **LONG}
@@ -323,7 +323,7 @@ def test_work_in_the_background_that_is_cut_says_so(server: ServerProcess, strea
 
 
 def test_work_in_the_background_is_cancelled_by_its_id(server: ServerProcess) -> None:
-    """Its stream ends with an error event, which vLLM's does not."""
+    """Background work is cancelled by its id, and its stream ends with an error, unlike vLLM's."""
     server.switch("llama")
     body = {"model": "llama", "input": "x", "background": True, "stream": True, **LONG}
     with server.client.stream("POST", "/v1/responses", json=body) as answer:
@@ -339,12 +339,12 @@ def test_work_in_the_background_is_cancelled_by_its_id(server: ServerProcess) ->
     assert 0 == server.switch("qwen", drain_timeout=30)["requests_cut"]
 
 
-# --- cuts and websockets --------------------------------------------------------------------
+# --- aborts and websockets ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses"])
 def test_a_stream_that_is_cut_ends_soon(server: ServerProcess, path: str) -> None:
-    """vLLM hears that its client has left; nobody has to wait until its task is cancelled."""
+    """An aborted stream ends soon: vLLM sees a disconnect before its task is cancelled."""
     server.switch("llama")
     body = {"messages": MESSAGES, "max_tokens": 1900} if "chat" in path else {"input": "x", **LONG}
     fields = {"model": "llama", "stream": True, "ignore_eos": True, **body}
@@ -375,7 +375,7 @@ def test_a_stream_that_is_cut_ends_soon(server: ServerProcess, path: str) -> Non
 def test_a_websocket_is_refused_in_the_handshake(
     server: ServerProcess, query: str, code: str
 ) -> None:
-    """None of these models hears; the error is in the HTTP answer."""
+    """A WebSocket that no model takes is refused with an HTTP error in the handshake."""
     server.switch("llama")
     url = f"{server.url.replace('http', 'ws', 1)}/v1/realtime?{query}"
     with pytest.raises(websockets.exceptions.InvalidStatus) as refused:

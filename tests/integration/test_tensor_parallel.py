@@ -48,7 +48,7 @@ models:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """The same model twice, once divided among two workers; there is no compiler."""
+    """A server of one model twice, once divided among two workers; there is no compiler."""
     folder = tmp_path_factory.mktemp("wide")
     (folder / "models.yaml").write_text(MODELS_YAML)
     environment = {
@@ -67,7 +67,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """Tests of this module go on where the one before ended."""
+    """Do nothing: tests of this module continue where the one before ended."""
 
 
 def host(server: ServerProcess) -> psutil.Process:
@@ -86,7 +86,7 @@ def operate(server: ServerProcess, alias: str, name: str, **body: object) -> str
 
 
 def test_a_model_of_two_workers_answers_like_one_of_one(server: ServerProcess) -> None:
-    """It is brought up in the running host, and both go on beside each other."""
+    """A model of two workers, loaded in the running host, answers like one of one worker."""
     expected = [server.complete("llama", prompt) for prompt in PROMPTS]
     server.switch("wide")
     wide = [server.complete("wide", prompt) for prompt in PROMPTS]
@@ -99,7 +99,7 @@ def test_a_model_of_two_workers_answers_like_one_of_one(server: ServerProcess) -
 
 
 def test_nothing_listens_but_the_api(server: ServerProcess) -> None:
-    """Neither the host nor a worker, although each has met others over TCP; loaded again, too."""
+    """Only the API listens, although host and workers met over TCP; so after a reload."""
     asked_for = (server.process.pid, "127.0.0.1", httpx.URL(server.url).port)
     server.switch("wide")
     processes = len(server.all_processes())
@@ -114,7 +114,7 @@ def test_nothing_listens_but_the_api(server: ServerProcess) -> None:
 
 
 def test_its_workers_compile_nothing(server: ServerProcess) -> None:
-    """Neither to embed their part of the vocabulary nor to count ranks."""
+    """Its workers compile nothing, neither for the vocabulary nor for ranks."""
     server.switch("wide")
     body = {"model": "wide", "prompt": PROMPTS[0], "max_tokens": 2, "logprobs": 2}
     answer = server.post("/v1/completions", body)
@@ -125,7 +125,7 @@ def test_its_workers_compile_nothing(server: ServerProcess) -> None:
 
 @pytest.mark.parametrize("level", [1, 2])
 def test_its_workers_sleep_and_wake(server: ServerProcess, level: int) -> None:
-    """No process ends or starts, and the answers stay."""
+    """Its workers sleep and wake: no process ends or starts, and the answers stay."""
     server.switch("wide")
     expected = server.complete("wide", PROMPTS[0])
     server.switch("llama")
@@ -139,7 +139,7 @@ def test_its_workers_sleep_and_wake(server: ServerProcess, level: int) -> None:
 
 
 def test_its_workers_end_with_an_unload(server: ServerProcess) -> None:
-    """Their memory is given back, the other model is still active, and it can be loaded again."""
+    """Its workers end with an unload and free their memory; the other model stays; a load works."""
     server.switch("llama")
     before: Any = server.status()["host"]
     theirs = sum(anonymous_bytes(worker.pid) for worker in workers(server))
@@ -156,7 +156,7 @@ def test_its_workers_end_with_an_unload(server: ServerProcess) -> None:
 
 
 def test_an_executor_waits_for_workers_that_were_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM kills those that do not end in time, as on a busy machine, and looks no further."""
+    """The executor waits for killed workers, unlike vLLM, as on a busy machine."""
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     from vllm_hotswap.host.executor import HostedMultiprocExecutor
@@ -173,7 +173,7 @@ def test_an_executor_waits_for_workers_that_were_killed(monkeypatch: pytest.Monk
 
 
 def test_the_death_of_a_worker_is_the_death_of_its_engine_alone(server: ServerProcess) -> None:
-    """Its request ends with an error at once; it is loaded again, in the same host."""
+    """A worker's death fails its request at once and reloads its engine, in the same host."""
     server.switch("wide")
     expected, before = server.complete("wide", PROMPTS[0]), host(server)
     body = {"model": "wide", "prompt": "Hello", "stream": True, "max_tokens": 400}

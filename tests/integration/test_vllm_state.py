@@ -27,7 +27,7 @@ class Told:
         self._log = folder / "programs.log"
 
     def run(self) -> None:
-        """All programs. There is no compiler: an eager model needs none."""
+        """Run all programs. There is no compiler: an eager model needs none."""
         environment = {
             **os.environ,
             **FROM_HERE,
@@ -41,7 +41,7 @@ class Told:
             )
 
     def by(self, program: str) -> Any:
-        """What a program saw, or an error with the end of the log, which has its traceback."""
+        """Return what a program saw, or an error with the end of its log and its traceback."""
         told = self._folder / f"{program}.json"
         assert told.exists(), self._log.read_text(errors="replace")[-5000:]
         return json.loads(told.read_text())
@@ -56,7 +56,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 @pytest.fixture
 def alone(told: Told) -> Any:
-    """What plain vLLM answers, with one model in its process."""
+    """Return what plain vLLM answers, with one model in its process."""
     return {kind: told.by(kind) for kind in ("llama", "moe")}
 
 
@@ -71,13 +71,13 @@ def watched(told: Told) -> Any:
 
 
 def test_a_mixture_of_experts_loads_after_a_dense_model(seen: Any, alone: Any) -> None:
-    """And answers what it answers in a process of its own, as does the dense model."""
+    """A mixture of experts loads after a dense model; both answer as in processes of their own."""
     assert alone["moe"]["greedy"] == seen["moe"]
     assert alone["llama"]["greedy"] == seen["llama"]
 
 
 def test_a_model_answers_the_same_whatever_has_been_loaded_since(seen: Any) -> None:
-    """Also after a load that failed, and after loads of its own."""
+    """A model answers the same after other loads, failed ones and its own."""
     first = {name: seen[name] for name in ("llama", "moe", "mamba")}
 
     assert first == seen["again"]
@@ -87,14 +87,14 @@ def test_a_model_answers_the_same_whatever_has_been_loaded_since(seen: Any) -> N
 
 
 def test_loading_again_and_again_leaves_nothing_behind(seen: Any) -> None:
-    """No thread, no open file and no port of a process group."""
+    """Repeated loads leave no thread, open file or port of a process group."""
     before, after = seen["resources"]
 
     assert before == after
 
 
 def test_unseeded_answers_are_those_of_a_process_of_its_own(told: Told, alone: Any) -> None:
-    """Whatever the other models do meanwhile, and whether the model itself sleeps or is gone."""
+    """Unseeded answers are those of a process of its own, after any sleeps and unloads."""
     drawn = told.by("draws")
 
     assert alone["llama"]["unseeded"][: len(drawn["llama"])] == drawn["llama"]
@@ -103,17 +103,17 @@ def test_unseeded_answers_are_those_of_a_process_of_its_own(told: Told, alone: A
 
 
 def test_small_functions_need_no_compiler_beside_a_compiled_model(watched: Any) -> None:
-    """On CPU vLLM runs them as they are written, so that no request waits for a compiler."""
+    """Beside a compiled model, vLLM's small functions run on CPU as written, without a compiler."""
     assert [3, 1] == watched["ranks"]
 
 
 def test_small_functions_need_no_compiler_in_a_worker_process(told: Told) -> None:
-    """Of a compiled model that is divided among workers: each has imports of its own."""
+    """Small functions need no compiler in a worker, either, which has imports of its own."""
     assert [3, 1] == told.by("worker")
 
 
 def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:
-    """A new one is to be added to `STATE` in `vllm_hotswap.compat.state`, with its owner."""
+    """Every piece of state that changes is in `compat.state`'s `STATE`, with its owner."""
     changes = watched["changes"]
 
     unlisted = {
@@ -125,5 +125,5 @@ def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:
 
 
 def test_every_piece_of_state_that_is_moved_exists(watched: Any) -> None:
-    """A place that vLLM has renamed would be moved no more."""
+    """Every piece of state that is moved exists: a renamed one would silently not be moved."""
     assert [] == watched["absent"]

@@ -30,7 +30,7 @@ from vllm_hotswap.platforms import host_environment
 pytestmark = [pytest.mark.wide, pytest.mark.timeout(900)]
 
 ROOM_BYTES = 850 * MIB
-"""For some of the models: each has 64 MiB of KV memory, and is taken for 128 MiB at first."""
+"""For some of the models: each has 64 MiB of KV memory, and counts as 128 MiB at first."""
 
 TOLERANCE = 1e-3
 """How far numbers may be apart, relative or absolute: sums of another order of the same terms."""
@@ -47,9 +47,9 @@ ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 class References:
-    """What plain vLLM answers, or says, of each model; on this machine, and now.
+    """What plain vLLM answers or reports for each model, on this machine, now.
 
-    It is found out while the server works; whoever asks for an answer waits for it.
+    It is computed while the server works; a test that needs an answer waits for it.
     """
 
     def __init__(self, folder: Path, models: Sequence[Model]) -> None:
@@ -75,7 +75,7 @@ class References:
             )
 
     def wait_for(self, word: str) -> None:
-        """Until it is told as done: `made` for the checkpoints, an alias for its answers."""
+        """Wait until it is done: `made` for the checkpoints, an alias for its answers."""
         assert self.process.stdout is not None
         while word not in self._told:
             line = self.process.stdout.readline()
@@ -83,7 +83,7 @@ class References:
             self._told.add(line.strip())
 
     def of(self, model: Model) -> Mapping[str, Any]:
-        """`answers`, or `error`."""
+        """Return `answers`, or `error`."""
         self.wait_for(model.alias)
         found: Mapping[str, Any] = json.loads((self._out / f"{model.alias}.json").read_text())
         return found
@@ -101,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def references(folder: Path) -> Iterator[References]:
-    """In the order in which they are asked for; first those that may or may not run here."""
+    """In the order in which they are used; first those that may or may not run here."""
     order = sorted(shuffled(ZOO, SEED), key=lambda model: not model.unless)
     found = References(folder, order)
     yield found
@@ -147,7 +147,7 @@ def entry(model: Model, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def llama_is_active() -> None:
-    """This module's server begins wherever the test before has left it."""
+    """Do nothing: this module's server starts wherever the test before has left it."""
 
 
 # --- questions ------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ QUESTIONS: Mapping[str, Callable[[ServerProcess, Model], list[Any]]] = {
 def differences(
     server: ServerProcess, models: Sequence[Model], references: References
 ) -> dict[str, object]:
-    """Of which models the active answer is another than plain vLLM's, and what it is."""
+    """Return which models' active answers differ from plain vLLM's, and how."""
     answers = {}
     for model in models:
         server.switch(model.alias)
@@ -222,7 +222,7 @@ def answers_of(server: ServerProcess, model: Model) -> list[Any]:
 
 
 def difference(model: Model, answers: list[Any], references: References) -> object:
-    """None, or what was answered and what should have been."""
+    """Return None, or what was answered and what should have been."""
     expected = [] if model.unasked else references.of(model)["answers"]
     if model.asks in TEXTS:
         return None if answers == expected else (answers, expected)
@@ -242,7 +242,7 @@ def flat(values: object) -> list[float]:
 def test_every_model_answers_as_plain_vllm_whatever_was_loaded_before(
     server: ServerProcess, running: Sequence[Model], references: References
 ) -> None:
-    """In an order of chance, loaded beside others, which make room one after the other."""
+    """In random order, beside others that make room, every model answers as plain vLLM."""
     order = shuffled(running, SEED)
 
     assert {} == differences(server, order, references), names(order)
@@ -252,7 +252,7 @@ def test_every_model_answers_as_plain_vllm_whatever_was_loaded_before(
 def test_models_answer_the_same_after_every_level_of_sleep(
     server: ServerProcess, running: Sequence[Model], references: References
 ) -> None:
-    """Some are put to sleep, discarded or unloaded, by chance, and come back in another order."""
+    """After random sleeps, discards and unloads, models answer the same in another order."""
     models = shuffled(running, SEED + 1)[:8]
     before = differences(server, models, references)
     for index, model in enumerate(models[:-1]):
@@ -264,7 +264,7 @@ def test_models_answer_the_same_after_every_level_of_sleep(
 
 @pytest.mark.parametrize("model", ZOO, ids=lambda model: model.alias)
 def test_plain_vllm_runs_what_the_list_says(model: Model, references: References) -> None:
-    """What it cannot run is listed with its own words; when it begins to, this is noticed."""
+    """Models that plain vLLM cannot run are listed with its words; once it can, this fails."""
     error = references.of(model).get("error", "")
 
     if not error and is_there(model.unless):
@@ -274,7 +274,7 @@ def test_plain_vllm_runs_what_the_list_says(model: Model, references: References
 
 
 def is_there(what: str) -> bool:
-    """Whether this machine's CPU has such instructions, or Python such a package."""
+    """Return whether this machine's CPU has such instructions, or Python such a package."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
     return what in flags or (bool(what) and find_spec(what) is not None)
@@ -283,7 +283,7 @@ def is_there(what: str) -> bool:
 def test_answers_say_which_model_gave_them(
     running: Sequence[Model], references: References
 ) -> None:
-    """Otherwise equal answers would say nothing: texts vary, and each checkpoint has its own."""
+    """Answers show which model gave them: texts vary, and each checkpoint has its own."""
     answers = {model.speaks_as: references.of(model)["answers"] for model in running}
     texts = {m.alias: answers[m.speaks_as] for m in running if m.asks in TEXTS}
     dull = {alias: text for alias, text in texts.items() if not all(map(varies, text))}
@@ -302,7 +302,7 @@ def varies(answer: tuple[list[int], str]) -> bool:
 def test_long_walks_change_no_answer(
     server: ServerProcess, running: Sequence[Model], references: References, seed: int
 ) -> None:
-    """Loads, sleeps, unloads and switches by chance; the active model is asked after each."""
+    """Long random walks change no answer of the active model, which is asked after each step."""
     chance = random.Random(seed)  # noqa: S311  # repeatable, no secret
     done = []
     for _ in range(STEPS):
@@ -319,7 +319,7 @@ def test_long_walks_change_no_answer(
 
 
 def lower(server: ServerProcess, model: Model, step: str) -> None:
-    """An operation; it may be refused for the active model, or where there is no room."""
+    """Do an operation that may be refused for the active model, or without room."""
     name, _, level = step.partition(" ")
     body = {"level": int(level)} if level else {}
     response = server.post(f"/admin/models/{model.alias}/{name}", body)

@@ -1,4 +1,4 @@
-"""Watching what a process holds while something is done to it."""
+"""Watch what a process holds while something is done to it."""
 
 from __future__ import annotations
 

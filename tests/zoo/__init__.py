@@ -1,1 +1,1 @@
-"""A zoo of tiny models of unlike architectures, and what plain vLLM answers for each."""
+"""Tiny models of different architectures, and plain vLLM's answers for each."""

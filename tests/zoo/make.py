@@ -1,8 +1,8 @@
-"""Makes the zoo's checkpoints: `config.json` up, with random weights, in seconds, offline.
+"""Makes the zoo's checkpoints: from `config.json` on, with random weights, in seconds, offline.
 
 `python -m tests.zoo.make FOLDER [NAME ...]`. The classes of transformers give names and shapes; the
-tokenizer is that of the shipped model `llama`. Weights are wide enough that greedy texts vary:
-at a usual initialisation a random model repeats one token, and any two would answer alike.
+tokenizer is that of the shipped model `llama`. Weights are wide enough that greedy texts vary: at a
+usual initialisation a random model repeats one token, and any two would give the same answers.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ WINDOW = 16
 """Tokens of a sliding window, fewer than a prompt has."""
 
 LEFT_AS_MADE = ("A_log", "dt_bias", ".D", "conv1d", "norm", "layernorm", "ln_", "sinks")
-"""Parts of a weight's name that tell of another scale than a matrix's."""
+"""Parts of names of weights whose scale differs from a matrix's."""
 
 
 def config(kind: str, sizes: Mapping[str, Any] = SIZES, **more: Any) -> Any:
-    """A configuration of transformers' class `kind`."""
+    """Return a configuration of transformers' class `kind`."""
     return getattr(transformers, kind)(**{**sizes, **more})
 
 
 def causal(
     kind: str, sizes: Mapping[str, Any] = SIZES, dtype: str = "bfloat16", **more: Any
 ) -> Any:
-    """A text model with random weights."""
+    """Return a text model with random weights."""
     made = config(kind, sizes, **more)
     return transformers.AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype))
 
@@ -67,7 +67,7 @@ def llama() -> Any:
 
 
 def draft() -> Any:
-    """What guesses for `llama`."""
+    """Return the draft model for `llama`."""
     return causal("LlamaConfig", num_hidden_layers=1)
 
 
@@ -170,7 +170,7 @@ def classifier() -> Any:
 
 
 def reward() -> Any:
-    """Qwen2's layers, without any head."""
+    """Return Qwen2's layers without a head."""
     made = config("Qwen2Config", num_labels=1)
     return transformers.AutoModel.from_config(made, dtype=torch.float32)
 
@@ -207,11 +207,11 @@ def whisper() -> Any:
     return transformers.WhisperForConditionalGeneration(made).to(torch.bfloat16)
 
 
-# --- what is changed in the files afterwards ------------------------------------------------
+# --- changes to the written files -----------------------------------------------------------
 
 
 def add_reward_head(folder: Path) -> None:
-    """The two layers on top, of which transformers knows nothing."""
+    """Add the two top layers, which transformers does not know."""
     weights = {f"model.{name}": weight for name, weight in load_file(folder / WEIGHTS).items()}
     size = SIZES["hidden_size"]
     for name, rows in (("score.0", size), ("score.2", 1)):
@@ -221,7 +221,7 @@ def add_reward_head(folder: Path) -> None:
 
 
 def add_siglip_processor(folder: Path) -> None:
-    """How a picture becomes pixels for PaliGemma: four patches, a token for each."""
+    """Add the image processor of PaliGemma: four patches, a token for each."""
     name_image_token(folder)
     kinds = {
         "image_processor_type": "SiglipImageProcessor",
@@ -238,7 +238,7 @@ def name_image_token(folder: Path) -> None:
 
 
 def add_clip_processor(folder: Path) -> None:
-    """How a picture becomes pixels for LLaVA, and which token stands for it."""
+    """Add the image processor of LLaVA, and the token that stands for an image."""
     name_image_token(folder)
     picture = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     kinds = {"image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor"}
@@ -249,14 +249,14 @@ def add_clip_processor(folder: Path) -> None:
 
 
 def add_sound_processor(folder: Path) -> None:
-    """How a sound becomes a spectrum."""
+    """Add the feature extractor that turns a sound into a spectrum."""
     kinds = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80}
     more = {"processor_class": "WhisperProcessor", "sampling_rate": 16000}
     write_json(folder / "preprocessor_config.json", {**kinds, **more})
 
 
 def to_int8(folder: Path) -> None:
-    """Matrices as 8-bit integers with a scale for each row; activations are scaled in the step."""
+    """Store matrices as 8-bit integers with a scale for each row; steps scale the activations."""
     weights: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / WEIGHTS).items():
         if not is_linear(name):
@@ -282,7 +282,7 @@ def to_int8(folder: Path) -> None:
 
 
 def to_int4(folder: Path) -> None:
-    """Matrices as random 4-bit integers, eight in a word, with a scale for 32 rows: GPTQ's form."""
+    """Store matrices as random 4-bit integers, eight per word, a scale for 32 rows: GPTQ's form."""
     weights: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / WEIGHTS).items():
         if not is_linear(name):
@@ -346,11 +346,11 @@ MAKERS: Mapping[str, tuple[Callable[[], Any], Change | None]] = {
     "paligemma": (paligemma, add_siglip_processor),
     "whisper": (whisper, add_sound_processor),
 }
-"""Checkpoints: the model of transformers, and what is changed in its files."""
+"""Checkpoints: the model of transformers, and the changes to its files."""
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name` to `folder / name`, unless it is there. Returns its folder."""
+    """Write the checkpoint `name` to `folder / name`, unless it exists. Return its folder."""
     target = folder / name
     if not target.is_dir():
         making = folder / f".{name}"

@@ -1,4 +1,4 @@
-"""The models of the zoo: which checkpoint, which settings, and what is asked of each."""
+"""The models of the zoo: their checkpoints, settings and questions."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FLAGS: Mapping[str, Any] = {
     "enforce_eager": True,
     "kv_cache_memory_bytes": 64 * MIB,
 }
-"""Settings of every model, in the server and in plain vLLM alike."""
+"""Settings of every model, in the server and in plain vLLM."""
 
 PROMPTS = (
     "Hello",
     "The weather in Paris is nice today, and the weather in Berlin is cold. Who are you?",
 )
-"""One is longer than the sliding windows."""
+"""One prompt is longer than the sliding windows."""
 
 TOKENS = 12
-"""How many are generated for a prompt."""
+"""Number of tokens that are generated for a prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,16 +33,16 @@ class Model:
     """One entry of the server's configuration, and of the table in `docs/models.md`.
 
     Attributes:
-        alias: how it is called.
-        architecture: vLLM's name of it.
-        has: what of vLLM it has and the others do not.
-        asks: which question of `questions` it is asked.
+        alias: its alias.
+        architecture: vLLM's name for it.
+        has: the features of vLLM that only it has.
+        asks: the name of its question in `questions`.
         checkpoint: the name that `make` knows, or one of the shipped models; by default the alias.
         flags: its own settings.
-        cannot: part of what plain vLLM says when it cannot run the model on a CPU.
-        unless: with which it might run all the same: instructions of the CPU, as Linux calls them,
+        cannot: part of plain vLLM's error when it cannot run the model on a CPU.
+        unless: what might make it run nevertheless: instructions of the CPU, as Linux calls them,
             or a Python package.
-        unasked: why it is served and moved like the others, but not asked.
+        unasked: why it is served and moved like the others, but gets no question.
     """
 
     alias: str
@@ -58,16 +58,16 @@ class Model:
 
     @property
     def speaks_as(self) -> str:
-        """Models of one checkpoint answer alike, however they find the answer."""
+        """Models of one checkpoint give the same answers, whatever their decoding."""
         return self.checkpoint or self.alias
 
     def folder(self, zoo: Path) -> Path:
-        """Where its checkpoint is."""
+        """Return the folder of its checkpoint."""
         name = self.checkpoint or self.alias
         return MODELS / name.removeprefix("shipped-") if name.startswith("shipped-") else zoo / name
 
     def settings(self, zoo: Path) -> dict[str, Any]:
-        """vLLM's settings for it; names of checkpoints in them are folders."""
+        """Return vLLM's settings for it; names of checkpoints in them are folders."""
         settings = {**FLAGS, **self.flags}
         if speculative := settings.get("speculative_config"):
             named = {key: str(zoo / value) for key, value in speculative.items() if key == "model"}
@@ -159,7 +159,7 @@ ZOO: Sequence[Model] = (
 
 
 def table() -> str:
-    """The rows of the table in `docs/models.md`."""
+    """Return the rows of the table in `docs/models.md`."""
     return "".join(
         f"| `{model.alias}` | {model.architecture} | {model.has} | {_result(model)} |\n"
         for model in ZOO

@@ -1,9 +1,8 @@
-"""What plain vLLM answers: `python -m tests.zoo.plain FOLDER OUT ALIAS ...`.
+"""Get plain vLLM's answers: `python -m tests.zoo.plain FOLDER OUT ALIAS ...`.
 
-The checkpoints are made first. Then, for each model, a child process is forked from this one,
-which has imported vLLM and run nothing. So every answer comes from a process that has never had
-another model, at the price of the load. Lines on standard output tell what is done: `made`, then
-aliases.
+The checkpoints are made first. Then, for each model, a child process is forked from this one, which
+has imported vLLM and run nothing. So every answer comes from a process that never had another
+model, at the cost of a load. Lines on standard output report progress: `made`, then aliases.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def make_checkpoints(folder: Path) -> None:
 
 
 def import_vllm() -> None:
-    """Import what every child needs, and compute nothing: OpenMP's threads survive no fork."""
+    """Import what every child needs, and compute nothing: a fork would lose OpenMP's threads."""
     import compressed_tensors  # noqa: F401
     import vllm.entrypoints.llm
     import vllm.v1.attention.backends.cpu_attn
@@ -64,11 +63,11 @@ def in_order(models: Sequence[Model], aliases: Sequence[str]) -> Sequence[Model]
 
 
 def look_at_architectures(models: Sequence[Model]) -> None:
-    """Fill vLLM's cache of what each architecture can do, for the children and for the server."""
+    """Fill vLLM's cache of architectures' abilities, for the children and for the server."""
     from vllm.model_executor.models import registry
 
     for architecture in {model.architecture for model in models}:
-        with suppress(Exception):  # vLLM will say it again, to whoever asks for the model
+        with suppress(Exception):  # a request for the model gets the error again
             registry.ModelRegistry.models[architecture].inspect_model_cls()
 
 
@@ -101,7 +100,7 @@ def told(status: int) -> str:
 
 
 def fork(do: Callable[[], Any]) -> int:
-    """Do it in a child process; what it prints goes to standard error. Returns its number."""
+    """Run it in a child process, with prints on standard error. Return the child's process id."""
     if child := os.fork():
         return child
     status = 1
@@ -123,7 +122,7 @@ def answers_or_error(model: Model, folder: Path) -> dict[str, Any]:
     try:
         llm = LLM(str(model.folder(folder)), **model.settings(folder))
         return {"answers": QUESTIONS[model.asks](llm, model)}
-    except Exception as error:  # noqa: BLE001  # what vLLM cannot run is part of the answer
+    except Exception as error:  # noqa: BLE001  # vLLM's error is a possible answer
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
 

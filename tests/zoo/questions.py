@@ -1,4 +1,4 @@
-"""What is asked of models that read more than one text."""
+"""Questions for models that read more than one text."""
 
 PAIR = ("The weather in Paris", "It is nice today")
 
@@ -6,7 +6,7 @@ IMAGE = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAMklEQVR4nGNkYGCQw4ZYGOQYGB"
     "hYMBFcggMNIUvwICM0CQE4wpQQgSCsEhIMDBK4JGQAhWkD8okPQmwAAAAASUVORK5CYII="
 )
-"""Eight by eight pixels, each of another colour."""
+"""An image of eight by eight pixels, each of another colour."""
 
 PICTURE = [
     {

@@ -1,10 +1,10 @@
 """`make audit`: which of the pinned versions have published vulnerabilities.
 
 Asks a service on the network, and reads the record of the day when that was last done; where no
-service can be reached, the record alone. The record covers few packages: versions that nobody has
+service can be reached, the record alone. The record covers few packages: versions that were never
 looked up are named, and do not fail unless `--strict` is given.
 
-Exits with 0 if nothing is known but what was accepted, with 1 if something is, with 2 if a file
+Exits with 0 if only accepted vulnerabilities are known, with 1 if others are, with 2 if a file
 cannot be used, and with `--strict` also with 2 if a version was not looked up.
 """
 
@@ -74,7 +74,7 @@ class Knowledge:
         self.source = ""
 
     def ask_service(self) -> None:
-        """Ask a service on the network; says so where none is reached, and knows nothing then."""
+        """Ask a service on the network; where none is reached, print that and learn nothing."""
         try:
             service, self.advisories, known = ask(pip_audit(ENVIRONMENT), self.pins)
         except NotReached as error:
@@ -85,7 +85,7 @@ class Knowledge:
         print(f"audit: {self.source}, knows {len(known)} of {len(self.pins)} pinned versions")
 
     def read_database(self, folder: Path, source: str) -> None:
-        """Read a folder of advisories in the OSV form; one that has none is an error."""
+        """Read a folder of advisories in the OSV form; an empty one is an error."""
         names = frozenset(pin.published_as for pin in self.pins)
         self.advisories = list(advisories_in(folder, names))
         if not self.advisories:
@@ -105,7 +105,7 @@ class Knowledge:
         )
 
     def write(self, path: Path) -> int:
-        """Make the record anew from what is known; an exit code."""
+        """Write the record from what is known; return an exit code."""
         if not self.known:
             print("audit: error: nothing to record; the record is unchanged", file=sys.stderr)
             return 2
@@ -117,7 +117,7 @@ class Knowledge:
 
 
 def report(known: Knowledge, accepted: Sequence[Accepted], is_strict: bool) -> int:
-    """Print what was found; an exit code. A strict one is not 0 where a version is unknown."""
+    """Print what was found; return an exit code. A strict one is not 0 if a version is unknown."""
     found = findings(known.pins, known.advisories)
     bad = [it for it in found if not any(decision.covers(it) for decision in accepted)]
     for decision in accepted:
@@ -146,7 +146,7 @@ def report(known: Knowledge, accepted: Sequence[Accepted], is_strict: bool) -> i
 
 
 def listed(pins: Sequence[Pinned]) -> str:
-    """Some of these pins by name, and how many there are."""
+    """Return some of these pins by name, and how many there are."""
     names = ", ".join(f"{pin.name} {pin.version}" for pin in pins[:SHOWN])
     return f"{names} and {len(pins) - SHOWN} others" if len(pins) > SHOWN else names
 

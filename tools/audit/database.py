@@ -22,7 +22,7 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def advisories_in(folder: Path, packages: frozenset[str]) -> Iterator[Advisory]:
-    """The advisories on these packages; those that were withdrawn are left out.
+    """Return the advisories on these packages; those that were withdrawn are left out.
 
     Raises:
         RecordError: one of them cannot be read.
@@ -48,12 +48,12 @@ def _read(path: Path, packages: frozenset[str]) -> Iterator[Advisory]:
 
 
 def from_osv(entry: Mapping[str, Any], packages: frozenset[str]) -> Iterator[Advisory]:
-    """What one entry of the OSV schema says about these packages.
+    """Return what one entry of the OSV schema says about these packages.
 
     A version is affected if it is in a range or in `versions`, as the schema has it ("Evaluation").
 
     Raises:
-        ValueError: a range begins with something that is no version.
+        ValueError: a range begins with something that is not a version.
     """
     for about in entry.get("affected", []):
         package = about.get("package", {})
@@ -78,7 +78,7 @@ def from_osv(entry: Mapping[str, Any], packages: frozenset[str]) -> Iterator[Adv
 
 
 def _spans(events: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """Version specifiers from events in their order: introduced, then fixed or last affected."""
+    """Return version specifiers from events in order: introduced, then fixed or last affected."""
     since, is_open = "", False
     for event in events:
         ((kind, version),) = event.items()
@@ -94,7 +94,7 @@ def _spans(events: Sequence[Mapping[str, str]]) -> Iterator[str]:
 
 
 def is_version(text: str) -> bool:
-    """Whether Python's rules read it. Some advisories end with none; theirs count as not ended."""
+    """Return whether Python's rules read it. Ranges that end in anything else count as open."""
     try:
         Version(text)
     except InvalidVersion:

@@ -1,4 +1,4 @@
-"""The advisories as they were looked up on some day, so that they can be told without a network.
+"""The advisories as they were looked up on some day, so that they are known without a network.
 
 `requirements/advisories.toml` has them, and which versions they were looked up for: for others it
 says nothing. `requirements/accepted.toml` has those that were decided on.
@@ -42,7 +42,7 @@ class Record:
     advisories: tuple[Advisory, ...]
 
     def has(self, pinned: Pinned) -> bool:
-        """Whether anything was looked up for this version."""
+        """Return whether anything was looked up for this version."""
         return pinned.public in self.looked_up.get(pinned.published_as, ())
 
 
@@ -108,7 +108,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def written(record: Record) -> str:
-    """A record as the text of its file."""
+    """Return a record as the text of its file."""
     lines = [
         HEAD,
         f"recorded = {record.recorded.isoformat()}",
@@ -131,7 +131,7 @@ def written(record: Record) -> str:
 
 
 def looked_up(pins: Iterable[Pinned]) -> dict[str, tuple[str, ...]]:
-    """What a record says that it is about, from the pins that were asked for."""
+    """Return what a record covers, from the pins that were looked up."""
     found: dict[str, set[str]] = {}
     for pinned in pins:
         found.setdefault(pinned.published_as, set()).add(pinned.public)

@@ -16,15 +16,15 @@ SERVICES = ("osv", "pypi")
 """pip-audit's names: the database of open source vulnerabilities, and the package index itself."""
 
 KNOWN = ("flask", "0.5")
-"""A version with published vulnerabilities: some indexes answer that nothing has any."""
+"""A version with published vulnerabilities: some indexes answer that no version has any."""
 
 
 class NotReached(Exception):
-    """No service could be asked, or none of them knows anything; the message says what was said."""
+    """No service could be asked, or none of them knows anything; the message has their answers."""
 
 
 def pip_audit(folder: Path) -> Path:
-    """The program, installed where it is not, or not in the pinned version.
+    """Return the program; install the pinned version where it is missing.
 
     Raises:
         NotReached: it can't be installed here.
@@ -37,7 +37,7 @@ def pip_audit(folder: Path) -> Path:
 
 
 def ask(program: Path, pins: Iterable[Pinned]) -> tuple[str, list[Advisory], list[Pinned]]:
-    """Ask the services in turn; the first one that knows counts.
+    """Ask the services in turn; the first one that knows the advisories counts.
 
     Returns:
         The service, its advisories on these very versions, and the versions that it knows.
@@ -63,9 +63,9 @@ Answer = dict[tuple[str, str], list[Advisory] | None]
 
 
 def _run(program: Path, service: str, pins: Iterable[Pinned]) -> tuple[Answer | None, str]:
-    """One service's advisories by name and version; no value where it does not know a version.
+    """Return one service's advisories by name and version; no value for an unknown version.
 
-    Or nothing, and the last line of what pip-audit said.
+    Or nothing, and the last line of pip-audit's output.
     """
     lines = {f"{pin.published_as}=={pin.public}" for pin in pins}
     found: Answer = {}
@@ -89,7 +89,7 @@ def _run(program: Path, service: str, pins: Iterable[Pinned]) -> tuple[Answer | 
 
 
 def _without_doubles(lines: Iterable[str]) -> list[list[str]]:
-    """The lines in batches in which each package is once: pip-audit refuses others."""
+    """Yield the lines in batches in which each package is once: pip-audit refuses others."""
     batches: list[dict[str, str]] = []
     for line in lines:
         name = line.partition("==")[0]
@@ -101,7 +101,7 @@ def _without_doubles(lines: Iterable[str]) -> list[list[str]]:
 
 
 def _versions(answer: Mapping[str, Any], batch: Iterable[str]) -> Iterable[tuple[Any, Any]]:
-    """What pip-audit's JSON says of each version; those that it skipped have no value."""
+    """Yield what pip-audit's JSON says of each version; those that it skipped have no value."""
     asked = dict(canonical(line) for line in batch)
     for it in answer["dependencies"]:
         name = canonical(it["name"])[0]
@@ -111,7 +111,7 @@ def _versions(answer: Mapping[str, Any], batch: Iterable[str]) -> Iterable[tuple
 
 
 def _advisory(name: str, version: str, said: Mapping[str, Any]) -> Advisory:
-    """An advisory on one version; pip-audit does not say which others it is about."""
+    """Return an advisory on one version; pip-audit does not say which others it is about."""
     return Advisory(
         name, said["id"], tuple(said["aliases"]), (f"=={version}",), tuple(said["fix_versions"])
     )

@@ -11,20 +11,20 @@ from typing import Any
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 PROMPTS = ("Hello", FOX * 6, "One small step for a man, and one giant leap. " * 3 + FOX * 3)
-"""The first is in one block of KV memory (128 tokens), the second in two. So is the third, but for
-qwen: it has 126 tokens there, and the answer to it goes on into the second block."""
+"""The first is in one block of KV memory (128 tokens), the second in two. So is the third, except
+for qwen: it has 126 tokens there, and the answer to it continues in the second block."""
 
 TOKENS, RANKS = 12, 5
 EXPECTED = Path(__file__).with_name("expected.json")
 
 Step = Sequence[tuple[int, float]]
-"""Tokens at one place, with their logarithmic probabilities: the one that was said, then the
-likeliest others, best first."""
+"""Tokens at one place, with their logarithmic probabilities: the chosen one, then the likeliest
+others, best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """To one prompt, chosen greedily."""
+    """The answer to one prompt, chosen greedily."""
 
     steps: Sequence[Step]
 
@@ -35,24 +35,24 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of two answers to one prompt."""
+    """The comparison of two answers to one prompt."""
 
     wrong: list[str]
     furthest: float
     """The largest difference of two logarithmic probabilities of the same token."""
     steps: int
-    """How many steps were compared: all, or those up to a tie after which both went on apart."""
+    """How many steps were compared: all, or those up to a tie after which the answers differ."""
     notes: list[str] = field(default_factory=list)
     """What is worth reading, and is not wrong."""
 
 
 def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
-    """Whether an answer is the expected one, but for rounding.
+    """Return whether an answer is the expected one, except for rounding.
 
     Each of the expected tokens must have its logarithmic probability, within `tolerance`. One that
     is not among those found can't be likelier there than the last one of these. Another token may
-    be chosen than is expected only if the two are so near to each other; nothing can be said of
-    what follows then, but for how long it is.
+    be chosen than is expected only if the two are so near to each other; of what follows then, only
+    the length is compared.
     """
     if len(found.steps) != len(expected.steps):
         fault = f"{len(found.steps)} tokens were generated, not {len(expected.steps)}"
@@ -97,13 +97,13 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
 
 
 def from_completion(choice: Mapping[str, Any]) -> Answer:
-    """Of an answer to `/v1/completions` with `return_tokens_as_token_ids`.
+    """Return the answer to `/v1/completions` with `return_tokens_as_token_ids`.
 
-    vLLM tells the likeliest tokens, and the one that was said besides. That one comes first,
-    however likely it is; the likeliest others follow. JSON has null for what is no number.
+    vLLM lists the likeliest tokens, and the chosen one besides. That one comes first,
+    however likely it is; the likeliest others follow. JSON has null for what is not a number.
 
     Raises:
-        ValueError: a token was said of which no probability is told.
+        ValueError: a token was chosen without a probability.
     """
     ranks, said = choice["logprobs"]["top_logprobs"], choice["token_ids"]
     return Answer([_step(*told) for told in zip(ranks, said, strict=True)])
@@ -121,7 +121,7 @@ def _step(ranks: Mapping[str, float | None], said: int) -> Step:
 
 
 def load(path: Path = EXPECTED) -> dict[str, list[Answer]]:
-    """What each model is expected to answer to each of `PROMPTS`."""
+    """Return what each model is expected to answer to each of `PROMPTS`."""
     models = json.loads(path.read_text(encoding="utf-8"))["models"]
     return {
         model: [

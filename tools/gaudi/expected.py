@@ -1,4 +1,4 @@
-"""Make `expected.json` anew: `python -m tools.gaudi.expected`, after a change of the tiny models.
+"""Make `expected.json` again: `python -m tools.gaudi.expected`, after a change of the tiny models.
 
 It has what transformers answers with their checkpoints, on a CPU and in float32. That is the same
 on every CPU, up to the last digits; bfloat16 is not.
@@ -21,16 +21,16 @@ PAIR = ("llama", "qwen")
 
 
 def digest(model: str) -> str:
-    """SHA-256 of the weights."""
+    """Return the SHA-256 of the weights."""
     return hashlib.sha256((MODELS / model / "model.safetensors").read_bytes()).hexdigest()
 
 
 def answers(folder: Path) -> list[list[list[tuple[int, float]]]]:
-    """To each of `PROMPTS`: at each step the likeliest tokens; the best one is said."""
+    """Return for each of `PROMPTS`, at each step, the likeliest tokens; the best one is chosen."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(1)  # with several, most of the time goes into waiting for each other
+    torch.set_num_threads(1)  # with several, most of the time is spent waiting for each other
     tokenizer = AutoTokenizer.from_pretrained(folder)
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
@@ -59,7 +59,7 @@ def make() -> dict[str, Any]:
 
 
 def text(made: dict[str, Any]) -> str:
-    """As JSON, a line for each step."""
+    """Return it as JSON, a line for each step."""
     steps: list[str] = []
 
     def placed(step: list[tuple[int, float]]) -> str:

@@ -1,6 +1,6 @@
 """What is on this machine: versions, variables, the driver, the device, and vLLM's platform.
 
-A process that asks for a Gaudi holds it until its end, and no other one gets it. So everything that
+A process that uses a Gaudi holds it until its end, and no other process gets it. So everything that
 imports torch, vLLM or the plugin is done in a process of its own.
 """
 
@@ -40,7 +40,7 @@ DEVICE_LIMIT_S = 300
 
 
 def facts() -> dict[str, Any]:
-    """Versions of packages and the driver, the commit of the clone, and variables that count."""
+    """Return versions of packages and the driver, the clone's commit, and relevant variables."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -57,7 +57,7 @@ def facts() -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The version of the kernel's driver; None where nothing tells it."""
+    """Return the version of the kernel's driver; None if it is nowhere to be read."""
     try:
         return last_line(output_of(ASK_DRIVER, 30)) or None
     except (OSError, RuntimeError, subprocess.TimeoutExpired):
@@ -69,9 +69,9 @@ GIT = ["git", "-c", f"safe.directory={ROOT}"]
 
 
 def clone() -> dict[str, Any]:
-    """The commit, whether files have changed since, and whether Python finds this very code.
+    """Return the commit, whether files have changed since, and whether Python uses this code.
 
-    Another package than the clone's is wrong: results would be of code that nobody can name.
+    Another package than the clone's is wrong: results would be of unknown code.
     """
     spec = importlib.util.find_spec(OWN)
     here = None if spec is None or spec.origin is None else Path(spec.origin).parent
@@ -89,7 +89,7 @@ def clone() -> dict[str, Any]:
 
 
 def commit(clone: Path) -> str | None:
-    """What is checked out. Read from git's own files where there is no git."""
+    """Return the commit that is checked out. Read from git's own files where there is no git."""
     with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
         return output_of([*GIT, "rev-parse", "HEAD"], 30, clone).strip()
     with suppress(OSError):
@@ -100,7 +100,7 @@ def commit(clone: Path) -> str | None:
 
 
 def _commit_of(git: Path, name: str) -> str | None:
-    """Of a branch, by gitrepository-layout(5): a file of its own, or a line of `packed-refs`."""
+    """Return a branch's commit, by gitrepository-layout(5): its own file, or in `packed-refs`."""
     if (own := git / name).exists():
         return own.read_text(**TEXT).strip()
     lines = (git / "packed-refs").read_text(**TEXT).splitlines()
@@ -108,7 +108,7 @@ def _commit_of(git: Path, name: str) -> str | None:
 
 
 def is_changed(clone: Path) -> bool | None:
-    """None if git can't tell."""
+    """Return whether files have changed; None if git can't tell."""
     status = [*GIT, "status", "--porcelain", "--untracked-files=no"]
     with suppress(OSError, RuntimeError, subprocess.TimeoutExpired):
         return bool(output_of(status, 60, clone).strip())
@@ -116,7 +116,7 @@ def is_changed(clone: Path) -> bool | None:
 
 
 def digest(package: Path) -> str:
-    """Of the names and the contents of a package's modules."""
+    """Return a digest of the names and the contents of a package's modules."""
     found = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         found.update(f"{path.relative_to(package)}\0".encode())
@@ -125,7 +125,7 @@ def digest(package: Path) -> str:
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Those of vLLM, the plugin, torch and Gaudi's software. Of texts only that they are set."""
+    """Return variables of vLLM, the plugin, torch and Gaudi; of texts, only that they are set."""
     return {
         name: value if PLAIN.fullmatch(value) and not SECRET.search(name) else "(a text)"
         for name, value in sorted(environment.items())
@@ -173,7 +173,7 @@ NEEDED = {
 
 
 def device() -> dict[str, Any]:
-    """Which numbers follow 256 MiB that come and go.
+    """Return which numbers follow 256 MiB that come and go.
 
     Budgets need `mem_get_info`, and whether a model's weights leave is judged by
     `memory_allocated`.

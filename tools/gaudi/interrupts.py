@@ -12,10 +12,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def take() -> None:
-    """From now on each of `SIGNALS` interrupts, so that the server is ended; but only the first.
+    """Let the first of `SIGNALS` interrupt from now on, so that the server is stopped.
 
-    Ending a server takes time, and a second signal must not stop it: it would hold the device on.
-    SIGHUP stays ignored under `nohup`.
+    Stopping a server takes time, and a second signal must not end that: the server would keep the
+    device. SIGHUP stays ignored under `nohup`.
     """
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -29,14 +29,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _pass_over(number: int, frame: FrameType | None) -> None:
-    """Not `SIG_IGN`, which programs that are started would inherit."""
+    """Ignore a signal. Not `SIG_IGN`, which programs that are started would inherit."""
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Signals that come meanwhile come at its end.
+    """Hold signals back until the end of the block.
 
-    A process that is started here is not lost before somebody knows that it has to be ended.
+    A process that is started here is then always known when it has to be stopped.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -11,27 +11,27 @@ Way = Literal["parked", "asleep", "cold"]
 MIB = 1 << 20
 
 SLACK_BYTES = 8 * MIB
-"""What an allocator may round, or keep, of memory that comes back: an eighth of a model's KV
-memory here."""
+"""What an allocator may round or keep of memory that comes back: an eighth of a model's KV memory
+here."""
 
 MOST = 0.9
 """Of its KV memory, what a model that sleeps or is unloaded has to give back. The rest may be
-rounded. Weights of the tiny models are too small to be told from that; see `HALF`."""
+rounding. Weights of the tiny models are too small to be seen in that; see `HALF`."""
 
 HALF = 0.5
-"""Of its weights, what may be missing in what torch says that its tensors have given back. That is
-not rounded, as what the device tells is: a model that keeps its weights gives nothing of them."""
+"""The part of its weights that may be missing from what torch reports as freed. Torch does not
+round, unlike the device: a model that keeps its weights frees nothing of them."""
 
 LEAST_KV_BYTES = 64 * MIB
 """Of each model's KV memory: `BLOCKS` blocks of 128 tokens, which take 128 KiB each with either of
-the tiny models. What the server says of it is judged by that."""
+the tiny models. The server's own figure is judged by that."""
 
 SETTLED = 2
-"""Cycles of each model after which nothing may grow any more: the first ones fill caches."""
+"""Cycles of each model after which nothing may grow: the first ones fill caches."""
 
 HOST_SLACK_BYTES = 64 * MIB
-"""What all processes' own memory may grow by. An allocator of the C library does not give back at
-once what is freed."""
+"""What all processes' own memory may grow by. An allocator of the C library does not return at once
+what is freed."""
 
 SLACKS = {"device_bytes": SLACK_BYTES, "memory_bytes": HOST_SLACK_BYTES}
 """What may grow by so much. The others may not grow at all."""
@@ -43,7 +43,7 @@ FIGURES = {
     "descriptors": "open file descriptors",
     "memory_bytes": "memory of the processes",
 }
-"""Of which growth is judged, in words."""
+"""Figures whose growth is judged, in words."""
 
 EXPECTED_TOLERANCE = 0.5
 """Between logarithmic probabilities on the device, in bfloat16, and by transformers in float32."""
@@ -55,7 +55,7 @@ in the prefix cache."""
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """As the engine host sees it. Bytes; None where torch has no such function."""
+    """The device as the engine host sees it. Bytes; None where torch has no such function."""
 
     free: int
     total: int
@@ -69,18 +69,18 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """The server's, together."""
+    """The server's processes, together."""
 
     processes: int
     threads: int
     descriptors: int
     memory_bytes: int
-    """What they hold of host memory and share with no other process (USS)."""
+    """Host memory that they share with no other process (USS)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """At one moment. `told` is what the server says that the model holds."""
+    """What was seen at one moment. `told` is what the server reports that the model holds."""
 
     device: Device
     told_device_bytes: int
@@ -102,14 +102,14 @@ class Cycle:
     back_s: float
 
     def written(self) -> dict[str, Any]:
-        """For the file."""
+        """Return it for the file."""
         return asdict(self)
 
 
 def cycle_faults(cycle: Cycle, *, judges_weights: bool = True) -> list[str]:
-    """Whether the model has given its memory back, has it again, and no more.
+    """Return faults: memory not freed, not taken again, or more than before.
 
-    `judges_weights`: whether `memory_allocated` follows what comes and goes, so that it tells
+    `judges_weights`: whether `memory_allocated` follows what comes and goes, so that it shows
     whether weights do.
     """
     faults = _told_too_little(cycle)
@@ -128,7 +128,7 @@ def cycle_faults(cycle: Cycle, *, judges_weights: bool = True) -> list[str]:
 
 
 def notes(cycle: Cycle) -> list[str]:
-    """What is worth reading, and is not wrong: software may keep less than it did before."""
+    """Return what is worth reading, and is not wrong: software may keep less than it did before."""
     less = -_more(cycle)
     return [f"{_mib(less)} less of the device is in use than before"] * (less > SLACK_BYTES)
 
@@ -138,7 +138,7 @@ def _more(cycle: Cycle) -> int:
 
 
 def _needed(cycle: Cycle) -> int:
-    """KV memory, in bytes: what the server says, or more if it says too little."""
+    """Return KV memory, in bytes: what the server reports, or more if that is too little."""
     return max(cycle.kv_bytes, LEAST_KV_BYTES)
 
 
@@ -178,7 +178,7 @@ def _gone(cycle: Cycle) -> list[str]:
 
 
 def _weights_kept(cycle: Cycle) -> list[str]:
-    """By `memory_allocated`; none where torch does not tell it."""
+    """Return weights that were kept, by `memory_allocated`; none where torch lacks it."""
     before, away = cycle.before.device.memory_allocated, cycle.away.device.memory_allocated
     if before is None or away is None:
         return []
@@ -195,18 +195,18 @@ def _weights_kept(cycle: Cycle) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Of each figure, from the first cycles to the last, when the same model was active."""
+    """Growth of each figure, from the first cycles to the last, when the same model was active."""
 
     grown: Mapping[str, int]
     lately: Mapping[str, int]
-    """Since the middle third. Pools of threads grow with use, and stop."""
+    """Growth since the middle third. Pools of threads grow with use, and stop."""
 
     def written(self) -> dict[str, Any]:
-        """For the file."""
+        """Return it for the file."""
         return asdict(self)
 
     def faults(self) -> list[str]:
-        """What has grown by more than it may, and has not stopped."""
+        """Return what has grown by more than it may, and has not stopped."""
         return [
             f"{FIGURES[name]}: {_mib(more) if name in SLACKS else more} more than in the first "
             "cycles"
@@ -216,7 +216,7 @@ class Growth:
 
 
 def growth(cycles: Sequence[Cycle]) -> Growth:
-    """Of the model of the last one.
+    """Return the growth for the last cycle's model.
 
     What compilers take for a moment must not hide a leak. So the last cycle is compared with the
     median of the middle ones, and with the largest of the first ones only if that is less.

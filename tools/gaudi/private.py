@@ -1,4 +1,4 @@
-"""Removes from texts the names, addresses, folders and secrets of who ran the check, and where."""
+"""Remove names, addresses, folders and secrets of the check's user and machine from texts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ FOLDERS = ("PYTHONPATH", "VIRTUAL_ENV", "CONDA_PREFIX", "HF_HOME", "VLLM_CACHE_R
 
 USERS = ("LOGNAME", "USER", "LNAME", "USERNAME", "SUDO_USER")
 EVERYBODYS = {"root", "localhost", "user", "nobody"}
-"""Names of users and machines that say nothing about anybody."""
+"""Names of users and machines that identify no one."""
 
 PACKAGES = {
     *("vllm", "gaudi", "hpu", "hotswap", "habana", "habanalabs", "intel", "torch", "plugin"),
     *("neural", "compressor", "pt", "transformers", "platform", "python", "check", "llama", "qwen"),
 }
-"""Words of what is checked. They are kept, whoever is called so: without them no line could be
-read."""
+"""Words of what is checked. They are kept, even if a user has such a name: without them no line
+could be read."""
 
 KEPT = EVERYBODYS | PACKAGES
 
@@ -53,17 +53,17 @@ llama qwen vllm vllm-gaudi vllm-hotswap torch habana-torch-plugin neural-compres
 transformers
 """
 KEYS = frozenset(_KEYS.split())
-"""Those of the file that are the check's own. They tell nothing about anybody, and are kept,
-whoever is called so."""
+"""Keys of the file that are the check's own. They identify no one, and are kept, even if a user has
+such a name."""
 
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|_(PASS|PWD|AUTH)$", re.IGNORECASE)
 CREDENTIALS = re.compile(r"//(?:[^/\s'\"@:]*:\S*|[^/\s'\"]+)@")
-"""Of an address of the web, before its host: a user and a password, or a token. A password may have
-any character but white space, an `@` too: all up to the last one is taken for it."""
+"""The part of a web address before its host: a user and a password, or a token. A password may have
+any character but white space, an `@` too, so all up to the last one is taken for it."""
 
 COLOURS = re.compile(r"(?:\x1b|\\x1b|\\u001b|\\033)\[[0-9;?]*[A-Za-z]", re.IGNORECASE)
-"""ECMA-48's control sequences, also as JSON and `repr` escape them. Their last character would be
-taken for a part of the word that follows."""
+"""ECMA-48's control sequences, also as JSON and `repr` escape them. Otherwise their last character
+would count as part of the word that follows."""
 
 ESCAPES = (r"\\[abfnrtv0]", r"\\x[0-9A-Fa-f]{2}", r"\\u[0-9A-Fa-f]{4}", "%[0-9A-Fa-f]{2}")
 """What stands for a character in JSON, `repr` and addresses, and ends in a letter or a digit."""
@@ -76,20 +76,20 @@ HOMES = re.compile(
     rf"(?:/|%2F)(?:home|Users)(?:/|%2F)(?:{_WORD}(?:[ ']{_WORD}){{1,3}}(?=/)|{_WORD})",
     re.IGNORECASE,
 )
-"""Folders of whatever users. A name with spaces or apostrophes is known by the slash after it."""
+"""Home folders of any user. A name with spaces or apostrophes is known by the slash after it."""
 
 DOMAIN = r"(?:(?:\.[a-z0-9-]+){2,})?"
-"""That of this machine, where it is told after its name."""
+"""This machine's domain, where it follows its name."""
 
 LEAST_SECRET = 6
 """Characters. A shorter value would be found in words that have nothing to do with it."""
 
 
 class Blank:
-    """Each of what this machine and user are known by, and the word that stands for it."""
+    """Replace each name of this machine and user with a word that stands for it."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        """What is told by the system now, and by `environment`."""
+        """Collect what the system reports now, and `environment`."""
         words: dict[str, str] = {}
         for text, word in _known(environment):
             for written in _written(text):
@@ -100,13 +100,13 @@ class Blank:
         self._pattern = re.compile("|".join(patterns), re.IGNORECASE)
 
     def text(self, text: str) -> str:
-        """Without colours, too."""
+        """Return the text blanked, without colours, too."""
         plain = COLOURS.sub("", text)
         known = self._pattern.sub(lambda found: self._words[(found.lastindex or 0) - 1], plain)
         return HOMES.sub("<home>", CREDENTIALS.sub("//<secret>@", known))
 
     def all(self, value: Any) -> Any:
-        """The same for each text in a value of JSON. Of keys, for those that are not in `KEYS`."""
+        """Return a JSON value with each text blanked, and each key that is not in `KEYS`."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
@@ -128,7 +128,7 @@ ESCAPING: tuple[Callable[[str], str], ...] = (
 
 
 def _written(text: str) -> set[str]:
-    """As it is, and as JSON, `repr` and addresses have it; one may be in the other."""
+    """Return a text as it is, and as JSON, `repr` and addresses have it; forms may be nested."""
     found = {text}
     for _ in range(2):
         found |= {way(each) for each in found for way in ESCAPING}
@@ -136,7 +136,7 @@ def _written(text: str) -> set[str]:
 
 
 def _pattern(text: str, word: str) -> str:
-    """Of a text that isn't a part of a longer word. A secret is found in any."""
+    """Return a pattern of a text that isn't a part of a longer word. A secret is found in any."""
     if word == "<secret>":
         return re.escape(text)
     before = BEGINS if text[0].isalnum() else ""
@@ -160,7 +160,7 @@ def _known(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _folders(folders: Iterable[Path | str], word: str) -> Iterator[tuple[str, str]]:
-    """As they are written, and as they are. `/usr` tells nothing and is in every other path."""
+    """Yield folders as written, and as resolved. `/usr` identifies no one and is in most paths."""
     for folder in folders:
         if str(folder).startswith("/"):
             for path in (Path(folder), Path(os.path.realpath(folder))):  # a loop of links, too
@@ -194,7 +194,7 @@ def _users(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _secrets(environment: Mapping[str, str]) -> Iterator[str]:
-    """Whole, without what is around them, and each of their words: `Bearer ...` has two."""
+    """Yield secrets whole, stripped, and each of their words: `Bearer ...` has two."""
     for name, value in environment.items():
         if SECRET.search(name):
             parts = (value, value.strip(), *value.split())

@@ -36,16 +36,16 @@ REFUSED = re.compile(
     rf"has ended with status 1; its log: {OWN_ERROR}.*\b{QUANTISATION} is .*there is no such file"
 )
 NO_LEVEL_2 = "has no sleep level 2"
-"""In the message of our own refusal."""
+"""Part of our own refusal's message."""
 
 TMP = "/tmp"  # noqa: S108  # a folder of its own is made there, which others can't read
 CYCLES, LEAST_CYCLES = 20, 6
 AGAIN = slice(0, 2)
-"""Of `PROMPTS`, those that are asked after each cycle."""
+"""Those of `PROMPTS` that are sent after each cycle."""
 
 
 class Unusable(Exception):
-    """The check can't begin; the message says why and what to do, in one line."""
+    """The check can't start; the message says why and what to do, in one line."""
 
 
 class Kind:
@@ -77,7 +77,7 @@ class Kind:
             self.all_of(way)
 
     def first(self, model: str) -> dict[str, Any]:
-        """What a model answers before anything has moved, against what it is expected to."""
+        """Compare what a model answers before anything has moved with what is expected."""
         self._server.switch(model)
         answers = self._first[model] = self._server.ask(model)
         return compared(load()[model], answers, EXPECTED_TOLERANCE) | {
@@ -85,8 +85,8 @@ class Kind:
         }
 
     def no_level_2(self) -> dict[str, Any]:
-        """The plugin's worker would take it for level 1. It is refused for what it is, and the
-        model stays where it is."""
+        """Check that our refusal comes first, since the plugin's worker would take level 2 for
+        level 1, and that the model stays where it is."""
         self._server.switch(PAIR[0])
         before = self._server.residency(PAIR[1])
         told = self._server.refused(f"/admin/models/{PAIR[1]}/sleep", level=2)
@@ -101,7 +101,7 @@ class Kind:
         return {**told, "wrong": wrong}
 
     def all_of(self, way: Way) -> None:
-        """Cycles of one way, the models in turns, and whether anything has grown by them."""
+        """Run cycles of one way, models in turns, and check whether anything has grown by them."""
         done: list[Cycle] = []
         for number in range(self._cycles):
             if not self._server.is_running:
@@ -113,7 +113,7 @@ class Kind:
         self._results.check(f"{self._name}: {way}: growth", whole)
 
     def one(self, model: str, way: Way, done: list[Cycle]) -> dict[str, Any]:
-        """A cycle; then the answers are what is expected, and what they were."""
+        """Run a cycle; then check that the answers are the expected ones, and as before."""
         self._server.switch(model)
         cycle, answers = self._server.cycle(model, way, PROMPTS[AGAIN])
         done.append(cycle)
@@ -135,7 +135,7 @@ class Kind:
 def compared(
     expected: Sequence[Answer], found: Sequence[Answer], tolerance: float
 ) -> dict[str, Any]:
-    """All answers of a model against those that are expected."""
+    """Compare all answers of a model with the expected ones."""
     each = [compare(*pair, tolerance) for pair in zip(expected, found, strict=True)]
     return {
         "furthest_logprob": round(max(one.furthest for one in each), 4),
@@ -146,7 +146,7 @@ def compared(
 
 
 def grown(cycles: Sequence[Cycle], wanted: int) -> dict[str, Any]:
-    """From the first cycles to the last."""
+    """Compare the first cycles with the last."""
     if len(cycles) < wanted:
         return {"wrong": [f"{wanted - len(cycles)} of {wanted} cycles failed"]}
     found = growth(cycles)
@@ -154,13 +154,13 @@ def grown(cycles: Sequence[Cycle], wanted: int) -> dict[str, Any]:
 
 
 def short_folder() -> str | None:
-    """For a socket, whose path has 107 bytes at most (unix(7)); `TMPDIR` may be longer. None if
-    there is no such folder, and that one has to do."""
+    """Return a folder for a socket, whose path has 107 bytes at most (unix(7)); `TMPDIR` may be
+    longer. None if there is no such folder, and the default has to do."""
     return TMP if os.access(TMP, os.W_OK | os.X_OK) else None
 
 
 def own_folder() -> tempfile.TemporaryDirectory[str]:
-    """Of a server; it is removed with all that is in it."""
+    """Make a server's folder; it is removed with all that is in it."""
     return tempfile.TemporaryDirectory(
         prefix="check-gaudi-", dir=short_folder(), ignore_cleanup_errors=True
     )
@@ -183,10 +183,10 @@ def check_server(
 
 
 def refusal(server: Server) -> dict[str, Any]:
-    """What a server says that is started with a `QUANT_CONFIG` that names no file.
+    """Return the error of a server that is started with a `QUANT_CONFIG` that names no file.
 
     It has to end with status 1 and our own error, which names the variable and what is wrong. A
-    crash is none, whatever its log has.
+    crash is not such an error, whatever its log has.
     """
     try:
         server.wait()
@@ -208,7 +208,7 @@ def check_refusal(results: Results) -> None:
 
 
 def check_packages() -> None:
-    """Raises `Unusable` if this Python has no vLLM or no plugin for Gaudi."""
+    """Raise `Unusable` if this Python has no vLLM or no plugin for Gaudi."""
     for package in ("vllm", "vllm-gaudi"):
         try:
             metadata.version(package)
@@ -220,8 +220,8 @@ def check_packages() -> None:
 
 
 def opened(path: Path) -> Results:
-    """The file. Raises `Unusable`, also if there is something in it: `make check-gaudi` gives the
-    same name each time, and it may be the results of an earlier run."""
+    """Open the file. Raises `Unusable`, also if it is not empty: `make check-gaudi` gives the same
+    name each time, and it may be the results of an earlier run."""
     try:
         if path.exists() and path.stat().st_size:
             raise Unusable(
@@ -264,7 +264,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(results: Results, args: argparse.Namespace) -> None:
-    """All that was asked for, in its order."""
+    """Run all requested checks in order."""
     results.check("versions", facts.facts)
     follows = results.check("device", facts.device).get("follows", {})
     if not results.check("platform", facts.platform)["ok"]:
@@ -282,7 +282,7 @@ def check(results: Results, args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: all is well. 1: something is not. 2: the check can't begin, or can't write.
+    """Return 0: all is well. 1: something is not. 2: the check can't start, or can't write.
 
     130: it was interrupted.
     """

@@ -23,11 +23,11 @@ class Text(TypedDict):
 
 
 TEXT = Text(encoding="utf-8", errors="replace")
-"""Of what other programs write: a byte that is no text must not cost the rest."""
+"""Other programs' output: a byte that is not text must not cost the rest."""
 
 
 READ_BYTES = 64 << 10
-"""Of what programs write, where errors are looked for."""
+"""Bytes at the end of programs' output where errors are looked for."""
 
 TOO_LONG = f"(a line of more than {READ_BYTES >> 10} KiB)"
 
@@ -37,10 +37,10 @@ class Unwritable(Exception):
 
 
 class Results:
-    """The file. What goes wrong in a check is a result, and the next one is made."""
+    """The file. What goes wrong in a check is a result, and the next check runs."""
 
     def __init__(self, path: Path, blank: Blank | None = None) -> None:
-        """`blank` takes names and folders out of all that is written.
+        """Open it; `blank` removes names and folders from all that is written.
 
         Raises:
             OSError: the file can't be written.
@@ -51,7 +51,7 @@ class Results:
         self.all_well = True
 
     def check(self, name: str, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `do` has seen, with all names: in the file they are taken out.
+        """Write what `do` has seen, with all names: in the file they are blanked.
 
         The check is well if `do` ends, and what it returns has nothing under `wrong`: a list of
         sentences, each of which says what is not as it should be.
@@ -72,7 +72,7 @@ class Results:
         return result
 
     def _write(self, result: dict[str, Any]) -> None:
-        """The check's name is our own, as the keys are."""
+        """Write a line. The check's name is our own, as the keys are."""
         written = plain(self._blank.all(result)) | {"check": result["check"]}
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -88,9 +88,9 @@ class Results:
 
 
 def say(text: str) -> None:
-    """On the terminal, as far as it has such letters. It may have gone away.
+    """Print on the terminal, as far as it has such letters. It may have gone away.
 
-    Control characters are escaped: a log could set the terminal's title by them, or clear it.
+    Control characters are escaped: a log could use them to set the terminal's title, or clear it.
     """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     text = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
@@ -105,9 +105,9 @@ LONGEST = 1000
 
 
 def plain(value: Any) -> Any:
-    """A value of JSON with shorter texts, and with words for numbers that JSON does not have.
+    """Return a JSON value with shorter texts, and words for numbers that JSON lacks.
 
-    It has to be blanked before: half of a name is no name that is known.
+    It has to be blanked before: half of a name is not a known name.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
@@ -121,13 +121,13 @@ def plain(value: Any) -> Any:
 
 
 def last_line(text: str) -> str:
-    """Where Python and its libraries say what went wrong; empty if there is none."""
+    """Return the line where Python and its libraries report the error; empty if none."""
     found = (text.strip().splitlines() or [""])[-1]
     return found if len(found) <= READ_BYTES else TOO_LONG
 
 
 def output_of(command: list[str], limit_s: float, cwd: Path | None = None) -> str:
-    """What a program writes.
+    """Return what a program writes.
 
     Raises:
         RuntimeError: it has failed. The message is what it wrote of errors.

@@ -36,17 +36,17 @@ START_LIMIT_S = 1800
 CALL_LIMIT_S = 900
 STOP_LIMIT_S = 60
 LAST_LIMIT_S = 5
-"""For what the server has started and leaves behind, once it has ended itself."""
+"""For what the server has started and leaves behind, once it has ended."""
 
 LOOK_S = 0.5
 READ_LIMIT_S = 30
 
 BLOCKS = 512
-"""KV blocks of each model: 64 MiB, of which an allocator's rounding can be told. The tiny models'
+"""KV blocks of each model: 64 MiB, which stand out from an allocator's rounding. The tiny models'
 weights are 2 MiB."""
 
 NOT_PASSED = re.compile(r"VLLM_HOTSWAP_|VLLM_API_KEY$|QUANT_CONFIG$")
-"""Variables of a server that is to be asked without a key, and to quantise nothing."""
+"""Variables that are not passed on: the check's server needs no key, and quantises nothing."""
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -57,8 +57,8 @@ QUIET = {
 """Nothing is fetched or sent."""
 
 CACHES = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-"""What is compiled goes into the folder of the server, and goes with it: no run finds what another
-one has compiled, and nothing of it is left."""
+"""What is compiled goes into the folder of the server, and is removed with it: no run uses what
+another one has compiled."""
 
 CONFIG = """
 default_model: llama
@@ -68,7 +68,7 @@ models:
 
 
 class Server:
-    """One server, and what is asked of it. All calls wait."""
+    """One server, and the requests to it. All calls wait."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Server:
     ) -> None:
         """Start it. `folder` takes its configuration, its log, and the socket in its host.
 
-        What of `environment` would change the check is left out; `more` is added as it is.
+        What of `environment` would change the check is left out; `more` is added unchanged.
         """
         config = folder / "models.yaml"
         config.write_text(configuration(eager=eager), encoding="utf-8")
@@ -97,7 +97,7 @@ class Server:
                 env={**surroundings(environment, config, self._socket), **(more or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                process_group=0,  # Ctrl-C is the check's, which then ends the server
+                process_group=0,  # Ctrl-C is the check's, which then stops the server
             )
 
     @property
@@ -105,7 +105,7 @@ class Server:
         return self._process.poll() is None
 
     def wait(self) -> dict[str, Any]:
-        """Until it serves. Raises `RuntimeError` if it ends before, or takes too long."""
+        """Wait until it serves. Raises `RuntimeError` if it ends before, or takes too long."""
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline and self.is_running:
             self._look_below()
@@ -131,26 +131,26 @@ class Server:
         raise RuntimeError(f"the server does not serve: {why}; its log: {self.last_error()}")
 
     def last_error(self) -> str:
-        """Our own, if there is one: libraries may go on to write when a process ends."""
+        """Return our own error, if any: libraries may continue to write when a process ends."""
         lines = last_lines(self.log)
         own = [line for line in lines if line.startswith(OWN_ERROR)]
         told = [line for line in lines if re.search(r"error", line, re.IGNORECASE)]
         return (own or told or lines or [""])[-1]
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
-        """The answer. Raises `RuntimeError` if it is a refusal."""
+        """Return the response. Raises `RuntimeError` if it is a refusal."""
         response = self._client.post(path, json=body)
         if response.status_code != 200:
             raise RuntimeError(f"{path}: {response.status_code} {response.text}")
         return dict(response.json())
 
     def refused(self, path: str, **body: Any) -> dict[str, Any]:
-        """The status and the message of a refusal."""
+        """Return the status and the message of a refusal."""
         response = self._client.post(path, json=body)
         return {"status": response.status_code, "body": response.text}
 
     def ask(self, model: str, prompts: Sequence[str] = PROMPTS) -> list[Answer]:
-        """One after the other."""
+        """Send the prompts one after the other."""
         return [
             from_completion(
                 self.post(
@@ -169,16 +169,16 @@ class Server:
         ]
 
     def switch(self, model: str) -> float:
-        """Seconds."""
+        """Switch; return the seconds."""
         start = time.monotonic()
         self.post("/v1/models/switch", model=model, drain_timeout=60)
         return round(time.monotonic() - start, 4)
 
     def cycle(self, model: str, way: Way, prompts: Sequence[str]) -> tuple[Cycle, list[Answer]]:
-        """The model is active, and has answered; another one becomes it; then this one again.
+        """Run a cycle: the model is active, another one becomes so, then this one again.
 
-        It is asked before it is looked at: the first answers after a load take memory, too, and
-        `before` has it. Returns the answers besides.
+        It answers before it is looked at: the first answers after a load take memory, too, and
+        `before` has it. Also returns the answers.
         """
         before, kv_bytes = self.seen(model), int(self._status(model)["kv_bytes"])
         self.switch(PAIR[model == PAIR[0]])
@@ -205,7 +205,7 @@ class Server:
         return dict(self._client.get("/admin/status").json()["models"][model])
 
     def device(self) -> Device:
-        """As the engine host sees it. Raises `RuntimeError`."""
+        """Return the device as the engine host sees it. Raises `RuntimeError`."""
         told = self.device_as_it_is_told()
         if "error" in told:
             raise RuntimeError(told["error"])
@@ -224,7 +224,7 @@ class Server:
         return told
 
     def processes(self) -> Processes:
-        """Those that end meanwhile are passed over: compilers come and go."""
+        """Return its processes, without those that end in the meantime: compilers come and go."""
         each = []
         for process in (self._process, *self._look_below()):
             with suppress(psutil.NoSuchProcess):
@@ -232,8 +232,8 @@ class Server:
         return Processes(len(each), *map(sum, zip(*each, strict=True)))
 
     def _look_below(self) -> list[psutil.Process]:
-        """All that the server has started. They are remembered: an engine host has a group of its
-        own, and once its parent has gone nothing tells whose it was."""
+        """Return and remember all processes that the server has started: an engine host has a group
+        of its own, and once its parent has gone nothing shows where it belongs."""
         with suppress(psutil.NoSuchProcess):
             found = self._process.children(recursive=True)
             self._below.update(found)
@@ -241,7 +241,7 @@ class Server:
         return []
 
     def stop(self) -> dict[str, Any]:
-        """Raises `RuntimeError` if it ends with an error, or does not end."""
+        """Stop the server. Raises `RuntimeError` if it ends with an error, or does not end."""
         if (status := self.end()) is None:
             raise RuntimeError(f"it did not end within {STOP_LIMIT_S} s, and was killed")
         if status != 0:
@@ -249,7 +249,7 @@ class Server:
         return {}
 
     def end(self) -> int | None:
-        """With the exit status; None if it had to be killed.
+        """End it; return the exit status, or None if it had to be killed.
 
         Nothing that it has started is left then, however it ends, if it has ended before, and if
         this is interrupted: it would hold the device.
@@ -278,8 +278,8 @@ class Server:
 
 
 def last_lines(log: Path) -> list[str]:
-    """Of its last `READ_BYTES`. A line that begins before them may begin with half of a name here,
-    and is left out."""
+    """Return the last `READ_BYTES`. A line that starts before them may start with half of a name
+    here, and is left out."""
     with log.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - READ_BYTES))
@@ -288,17 +288,17 @@ def last_lines(log: Path) -> list[str]:
 
 
 def _held_by(process: psutil.Process) -> tuple[int, int, int]:
-    """Threads, file descriptors, and bytes of memory that no other process shares (USS)."""
+    """Return threads, file descriptors, and bytes of memory that no other process shares (USS)."""
     return process.num_threads(), process.num_fds(), process.memory_full_info().uss
 
 
 def weights_bytes(model: str) -> int:
-    """Of the checkpoint, which is in the type in which it is served; its head is a few KiB."""
+    """Return bytes of the checkpoint, which has the served type; its head is a few KiB."""
     return (MODELS / model / "model.safetensors").stat().st_size
 
 
 def configuration(*, eager: bool) -> str:
-    """The YAML file."""
+    """Return the YAML file."""
     lines = [
         f"  {model}: {{model: {json.dumps(str(MODELS / model))}, max_model_len: 512, "
         f"max_num_seqs: 2, num_gpu_blocks_override: {BLOCKS}, enforce_eager: {str(eager).lower()}}}"
@@ -308,7 +308,7 @@ def configuration(*, eager: bool) -> str:
 
 
 def surroundings(environment: Mapping[str, str], config: Path, socket_: Path) -> dict[str, str]:
-    """The server's variables. The engine host finds the check's plugin by them."""
+    """Return the server's variables. They lead the engine host to the check's plugin."""
     kept = {name: value for name, value in environment.items() if not NOT_PASSED.match(name)}
     paths = [str(INSIDE), kept.get("PYTHONPATH", "")]
     if plugins := kept.get("VLLM_PLUGINS"):

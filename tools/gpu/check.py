@@ -1,4 +1,4 @@
-"""`python -m tools.gpu.check`: see `tools.gpu.runner`, or why it cannot even begin."""
+"""`python -m tools.gpu.check`: see `tools.gpu.runner`; or it prints why it cannot even start."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has them ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores them
         signal.signal(number, signal.default_int_handler)
     sys.exit(main())

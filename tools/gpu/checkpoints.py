@@ -1,7 +1,7 @@
 """Checkpoints of realistic size with random weights, written at the speed of the disk.
 
-Random numbers are drawn once, and every tensor takes them from another place on. The output rows
-of tokens that the tokenizer does not know are zero: such a token never is the best one.
+Random numbers are drawn once, and every tensor takes them from another place on. The output rows of
+tokens that the tokenizer does not know are zero: such a token is never the best one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks import medium
 from vllm_hotswap import demo
 
 POOL = (1 << 24) + 43
-"""So many numbers; an odd number, so that rows of a tensor do not repeat."""
+"""How many numbers; an odd number, so that rows of a tensor do not repeat."""
 
 DEVIATION = 0.02
 ONE = np.float32(1).view(np.uint32) >> 16
@@ -59,7 +59,7 @@ def _config(small: Path, shape: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write(file: BinaryIO, config: dict[str, Any], known: int, seed: int) -> None:
-    """A safetensors file: the header's length, a JSON header, the tensors' bytes in its order."""
+    """Write a safetensors file: the header's length, a JSON header, tensors' bytes in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in medium.tensors(config):

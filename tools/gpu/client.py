@@ -1,4 +1,4 @@
-"""What is asked of a server: ours, or vLLM's own. Times by the client's clock."""
+"""Requests to a server: ours, or vLLM's own. Times by the client's clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Client:
         self._remote = Remote(port)
 
     async def answer(self, model: str, tokens: int = TOKENS) -> tuple[float, list[int]]:
-        """Milliseconds, and the tokens, chosen greedily."""
+        """Return milliseconds, and the tokens, chosen greedily."""
         body = {
             "model": model,
             "prompt": PROMPT,
@@ -33,11 +33,11 @@ class Client:
         return took_ms, list(told["choices"][0]["token_ids"])
 
     async def switch(self, model: str) -> float:
-        """Milliseconds."""
+        """Switch; return milliseconds."""
         return (await self._remote.switch(model))[0]
 
     async def sleep(self, model: str) -> float:
-        """Milliseconds."""
+        """Put to sleep; return milliseconds."""
         return (await self.post(f"/admin/models/{model}/sleep", {"level": 1}))[0]
 
     async def unload(self, model: str) -> None:
@@ -51,13 +51,13 @@ class Client:
         return {alias: model["residency"] for alias, model in models.items()}
 
     async def post(self, path: str, body: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
-        """Milliseconds, and the answer. Raises `BadAnswer` if it is no success."""
+        """Return milliseconds, and the response. Raises `BadAnswer` unless it is a success."""
         async with Connection(self._port) as connection:
             answer = await connection.post(path, body)
         return answer.duration_s * 1000, answer.json() if answer.body.strip() else {}
 
 
 def different(found: list[int], wanted: list[int]) -> int:
-    """How many tokens are others than they should be; missing ones count."""
+    """Return how many tokens differ from what they should be; missing ones count."""
     same = sum(a == b for a, b in zip(found, wanted, strict=False))
     return max(len(found), len(wanted)) - same

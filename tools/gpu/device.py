@@ -1,4 +1,4 @@
-"""The device as the driver and its management library (NVML) tell it, without a context.
+"""The device as the driver and its management library (NVML) report it, without a context.
 
 A context would take half a GiB of it. Protocol: the NVML API reference, "Device Queries".
 """
@@ -38,7 +38,7 @@ class Unusable(Exception):
 
 
 def check_device(environment: Mapping[str, str], library: Any = None, nvml: Any = None) -> Any:
-    """libcuda, with a device that the check can use.
+    """Return libcuda, with a device that the check can use.
 
     Raises:
         Unusable: there is none.
@@ -54,7 +54,7 @@ def check_device(environment: Mapping[str, str], library: Any = None, nvml: Any 
 
 
 def check_free(free: int) -> None:
-    """Raises `Unusable` if so few bytes are free that not even the tiny models fit."""
+    """Raise `Unusable` if so few bytes are free that not even the tiny models fit."""
     if free < NEEDED_BYTES:
         raise Unusable(
             f"only {free / GIB:.1f} GiB of the GPU's memory are free, but the tiny models need "
@@ -64,7 +64,7 @@ def check_free(free: int) -> None:
 
 
 def check_packages(version: Callable[[str], str] = metadata.version) -> None:
-    """Raises `Unusable` if this Python has no torch and no vLLM for CUDA."""
+    """Raise `Unusable` if this Python has no torch and no vLLM for CUDA."""
     for package in ("torch", "vllm"):
         try:
             found = version(package)
@@ -79,7 +79,7 @@ def check_packages(version: Callable[[str], str] = metadata.version) -> None:
 
 
 def used_bytes(environment: Mapping[str, str] = os.environ) -> int | None:
-    """What is in use on the first device, by anybody; None where that cannot be told (MIG)."""
+    """Return what is in use on the first device, by any process; None if not known (MIG)."""
     if stat := environment.get(STAND_IN_USED):
         with suppress(OSError, ValueError):
             return int(Path(stat).read_text(encoding="ascii")) * MIB
@@ -93,14 +93,14 @@ def used_bytes(environment: Mapping[str, str] = os.environ) -> int | None:
 
 
 def total_bytes(driver: Any) -> int:
-    """What the first device has."""
+    """Return what the first device has."""
     total = ctypes.c_size_t()
     driver.cuDeviceTotalMem_v2(ctypes.byref(total), ctypes.c_int(0))
     return total.value
 
 
 def facts(driver: Any, nvml: Any = None) -> dict[str, Any]:
-    """Name, compute capability, driver's version, MIG, and processes on the first device."""
+    """Return name, compute capability, driver's version, MIG, and processes on the first device."""
     found: dict[str, Any] = {
         "name": _text(lambda buffer, size: driver.cuDeviceGetName(buffer, size, ctypes.c_int(0))),
         "compute capability": ".".join(str(_attribute(driver, n)) for n in COMPUTE_CAPABILITY),

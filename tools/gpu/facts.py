@@ -33,7 +33,7 @@ def run(_task: Task, say: Say) -> None:
     cuda = check_driver(os.environ)
     for name, value in device.facts(cuda).items():
         say.fact(name, name, value)
-    say.check("maps", "the driver can map memory (VMM)", True)  # or check_driver had refused
+    say.check("maps", "the driver can map memory (VMM)", True)  # or check_driver would have refused
     free_before = device_free_bytes(cuda)
     _versions(say)
     driver = Driver(0, cuda)
@@ -98,7 +98,7 @@ def _smi(query: str) -> str:
 
 
 def pinning(say: Say, driver: Any, nbytes: int = PINNED_BYTES) -> None:
-    """Whether the device can copy from host memory at full speed."""
+    """Check whether the device can copy from host memory at full speed."""
     before_s = time.perf_counter()
     copy = HostCopy(driver, nbytes)
     took_s = time.perf_counter() - before_s
@@ -110,7 +110,7 @@ def pinning(say: Say, driver: Any, nbytes: int = PINNED_BYTES) -> None:
 
 
 def refusal(cause: str) -> str:
-    """What to do where it cannot."""
+    """Return what to do where it cannot."""
     return (
         f"{cause}; raise the limit of locked memory: ulimit -l unlimited, or for a container "
         "--ulimit memlock=-1; models sleep and wake without, but several times slower"

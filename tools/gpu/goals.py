@@ -21,7 +21,7 @@ GB = 1e9
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A figure, and what it may be at most."""
+    """A figure, and its allowed maximum."""
 
     name: str
     value: float | None
@@ -30,7 +30,7 @@ class Goal:
 
     @property
     def is_met(self) -> bool | None:
-        """None if it has not been measured."""
+        """Return whether it is met; None if it has not been measured."""
         if self.value is None or self.limit is None:
             return None
         return self.value <= self.limit
@@ -41,7 +41,7 @@ class Goal:
 
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
-    """All of them, measured or not."""
+    """Return all of them, measured or not."""
     theirs = figure(rows, "stock", "first_s.stock")
     return [
         Goal("switch to a parked model, median", figure(rows, "large", "parked"), PARKED_MS, "ms"),
@@ -75,7 +75,7 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
 
 
 def wake_limit_s(weights_bytes: float | None, link_gb_s: float | None) -> float | None:
-    """1.15 x bytes / bandwidth + 0.3 s; None where either has not been measured."""
+    """Return 1.15 x bytes / bandwidth + 0.3 s; None where either has not been measured."""
     if weights_bytes is None or not link_gb_s:
         return None
     return WAKE_FACTOR * weights_bytes / (link_gb_s * GB) + WAKE_CONSTANT_S
@@ -92,10 +92,10 @@ def _different(rows: Sequence[Row]) -> float | None:
 
 
 def drift(samples: Sequence[float]) -> float:
-    """Growth over some samples: the median of the last quarter less that of the second.
+    """Return the growth over some samples: the median of the last quarter less that of the second.
 
-    The first quarter is left out: what is made once (workspaces, host copies) is no drift. Of less
-    than four samples, the last less the first.
+    The first quarter is left out: what is made once (workspaces, host copies) is not drift. With
+    fewer than four samples, the last less the first.
     """
     if len(samples) < 4:
         return samples[-1] - samples[0] if samples else 0.0

@@ -28,9 +28,9 @@ def take(driver: Driver, left: int) -> int:
 
 
 def pieces(driver: Driver, left: int) -> list[tuple[int, int]]:
-    """The same, in pieces: the handle of each, and its bytes.
+    """Do the same in pieces: return the handle of each, and its bytes.
 
-    Where a piece cannot be had (somebody else was quicker, or the driver counts as free what it
+    Where a piece cannot be had (another process was quicker, or the driver counts as free what it
     does not give away), smaller ones are tried.
     """
     taken: list[tuple[int, int]] = []

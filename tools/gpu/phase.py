@@ -1,6 +1,6 @@
 """One phase, in a process of its own: `python -m tools.gpu.phase NAME TASK`.
 
-The check ends a phase that takes too long by SIGINT, so that servers are stopped properly.
+The check interrupts a phase that takes too long by SIGINT, so that servers are stopped properly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tools.gpu.task import RESULTS, Task
 
 
 def main(argv: Sequence[str]) -> int:
-    # A shell that starts programs in the background has them ignore it.
+    # A shell that starts programs in the background makes them ignore it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     name, orders = argv
 

@@ -17,9 +17,9 @@ class Phase:
     what: str
     usual_s: int
     least_s: int
-    """With less it is not begun."""
+    """With less time it is not started."""
     limit_s: int
-    """After this it is ended."""
+    """After this it is stopped."""
 
     @property
     def module(self) -> str:
@@ -40,14 +40,14 @@ NAMES = tuple(phase.name for phase in PHASES)
 
 
 def chosen(names: Sequence[str]) -> list[Phase]:
-    """These phases, in the order of importance. Raises ValueError on a name that is none."""
+    """Return these phases, in the order of importance. Raises ValueError on an unknown name."""
     if unknown := sorted(set(names) - set(NAMES)):
         raise ValueError(f"unknown phase: {', '.join(unknown)}; known: {', '.join(NAMES)}")
     return [phase for phase in PHASES if phase.name in names]
 
 
 def limit_s(phase: Phase, left_s: float | None) -> float | None:
-    """How long a phase may take; None if it is not to be begun.
+    """Return how long a phase may take; None if it is not to be started.
 
     Args:
         phase: which.

@@ -72,7 +72,7 @@ class Model:
         return self.pools.memory
 
     def sleep(self) -> float:
-        """Returns seconds."""
+        """Put to sleep; return seconds."""
         kv = self.kv.untyped_storage()
         before_s = time.perf_counter()
         self.memory.sleep(
@@ -81,13 +81,13 @@ class Model:
         return time.perf_counter() - before_s
 
     def wake(self) -> float:
-        """Returns seconds."""
+        """Wake; return seconds."""
         before_s = time.perf_counter()
         self.memory.wake()
         return time.perf_counter() - before_s
 
     def is_whole(self) -> bool:
-        """Whether weights are as they were, and KV memory is zero, after a wake."""
+        """Return whether weights are as they were, and KV memory is zero, after a wake."""
         import torch
 
         weights = all(
@@ -98,7 +98,7 @@ class Model:
         return weights and state and not bool(self.kv.cpu().any())
 
     def answers(self) -> bool:
-        """Whether its graph gives what it gave before it slept."""
+        """Return whether its graph gives what it gave before it slept."""
         import torch
 
         self.kv.fill_(1)
@@ -147,7 +147,7 @@ def run(task: Task, say: Say) -> None:
 
 
 def _warm_up() -> None:
-    """Kernels and libraries are loaded by their first use, and stay."""
+    """Load kernels and libraries, which happens on their first use and stays."""
     model = Model(0, 1, 1)
     model.sleep()
     model.wake()
@@ -187,7 +187,7 @@ def _cycles(say: Say, models: list[Model]) -> None:
 
 
 def _refused(say: Say, model: Model) -> None:
-    """A wake without room is refused, and goes well once there is some."""
+    """Check that a wake without room is refused, and works once there is some."""
     import torch
 
     model.sleep()

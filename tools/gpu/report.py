@@ -52,22 +52,22 @@ class Report:
 
     @property
     def goals(self) -> list[Goal]:
-        """Of a rehearsal there are none: times on a stand-in say nothing."""
+        """Return the goals. A rehearsal has none: times on a stand-in say nothing."""
         return [] if self.is_rehearsal else goals(self.rows)
 
     @property
     def is_wrong(self) -> bool:
-        """Whether something that was looked at is not right."""
+        """Return whether a check is not right."""
         return bool(wrong(self.rows))
 
     @property
     def misses(self) -> bool:
-        """Whether a goal is missed."""
+        """Return whether a goal is missed."""
         return any(goal.is_met is False for goal in self.goals)
 
 
 def document(report: Report) -> dict[str, Any]:
-    """The JSON file's content."""
+    """Return the JSON file's content."""
     return {
         "format": FORMAT_VERSION,
         "rehearsal": report.is_rehearsal,
@@ -79,7 +79,7 @@ def document(report: Report) -> dict[str, Any]:
 
 
 def terminal(report: Report) -> str:
-    """What is shown at the end: phases, goals, and what is wrong."""
+    """Return what is shown at the end: phases, goals, and what is wrong."""
     blocks = [render_table(_phase_table(report))]
     if report.goals:
         blocks.append(render_table(_goal_table(report)))
@@ -92,7 +92,7 @@ def terminal(report: Report) -> str:
 
 
 def markdown(report: Report, title: str) -> str:
-    """A page for the docs."""
+    """Return a page for the docs."""
     blocks = [f"# {title}", _made(report), render_table(_facts_table(report))]
     if report.is_rehearsal:
         blocks.insert(1, REHEARSAL)

@@ -23,7 +23,7 @@ class Row:
 
     phase: str
     key: str
-    """What goals and tests find it by."""
+    """The name by which goals and tests find it."""
     what: str
     """The same for people."""
     value: Any
@@ -35,7 +35,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """The value for people; of samples the median, the largest, and how many there are."""
+        """Return the value for people; of samples the median, the largest, and the number."""
         if isinstance(self.value, list) and self.value:
             samples = self.value
             return f"{_short(median(samples))} (max {_short(max(samples))}, n {len(samples)})"
@@ -59,7 +59,7 @@ class Results:
             file.write(json.dumps(asdict(row)) + "\n")
 
     def rows(self) -> list[Row]:
-        """All of them. A last line that was cut off is left out."""
+        """Return all of them. An incomplete last line is left out."""
         if not self._path.exists():
             return []
         lines = self._path.read_text(encoding="utf-8").split("\n")
@@ -67,7 +67,7 @@ class Results:
 
 
 class Say:
-    """Tells what one phase finds, to the file and to the terminal."""
+    """Report what one phase finds, to the file and to the terminal."""
 
     def __init__(self, phase: str, results: Results, is_rehearsal: bool = False) -> None:
         self._phase = phase
@@ -75,7 +75,7 @@ class Say:
         self._is_rehearsal = is_rehearsal
 
     def fact(self, key: str, what: str, value: Any, unit: str = "", note: str = "") -> None:
-        """Something that is neither right nor wrong."""
+        """Report something that is neither right nor wrong."""
         self._add(Row(self._phase, key, what, value, unit, None, note))
 
     def check(
@@ -89,7 +89,7 @@ class Say:
         *,
         by_kernels: bool = False,
     ) -> None:
-        """Something that has to be right. `by_kernels`: which a stand-in cannot tell."""
+        """Report what has to be right. `by_kernels`: a stand-in cannot tell."""
         shown = is_right if value is None else value
         if by_kernels and self._is_rehearsal:
             self._add(Row(self._phase, key, what, shown, unit, None, STAND_IN))
@@ -97,7 +97,7 @@ class Say:
             self._add(Row(self._phase, key, what, shown, unit, is_right, note))
 
     def step(self, what: str) -> None:
-        """Something that takes a while begins. It is no result."""
+        """Announce that a long step starts. It is not a result."""
         print(f"  {self._phase:8} ... {what}", flush=True)
 
     def _add(self, row: Row) -> None:
@@ -106,7 +106,7 @@ class Say:
 
 
 def line(row: Row) -> str:
-    """A row on the terminal."""
+    """Return a row on the terminal."""
     mark = {None: " ", True: "+", False: "!"}[row.right]
     unit = f" {row.unit}" if row.unit else ""
     note = f"  [{row.note}]" if row.note else ""
@@ -114,17 +114,17 @@ def line(row: Row) -> str:
 
 
 def wrong(rows: Iterable[Row]) -> list[Row]:
-    """Those that are not as they should be."""
+    """Return those that are not as they should be."""
     return [row for row in rows if row.right is False]
 
 
 def find(rows: Sequence[Row], phase: str, key: str) -> Any:
-    """The value of the last such row; None if there is none."""
+    """Return the value of the last such row; None if there is none."""
     return next((r.value for r in reversed(rows) if (r.phase, r.key) == (phase, key)), None)
 
 
 def figure(rows: Sequence[Row], phase: str, key: str) -> float | None:
-    """The number, or the median of the samples, of the last such row."""
+    """Return the number, or the median of the samples, of the last such row."""
     value = find(rows, phase, key)
     if isinstance(value, list):
         return median(value) if value else None

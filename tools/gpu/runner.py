@@ -1,7 +1,7 @@
-"""The course of a check: phases one after the other, and what is told at the end.
+"""The course of a check: phases one after the other, and what is reported at the end.
 
-Every phase is a process of its own, with a limit of time; its results are written as they come,
-and a phase that fails does not stop the others. Nothing is downloaded.
+Every phase is a process of its own, with a limit of time; its results are written as they come, and
+a phase that fails does not stop the others. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs" / "benchmarks" / "gpu"
 RUNNER = ["-m", "tools.gpu.phase"]
 MODELS = "check-gpu-models"
-"""A folder of our own, wherever it is to be: what is in it is deleted."""
+"""A folder of our own, wherever it is placed: its content is deleted."""
 
 GRACE_S = 15.0
-"""For a phase that is being ended: its servers stop meanwhile."""
+"""For a phase that is being stopped: its servers stop in that time."""
 
 WRONG, MISSED, INTERRUPTED = 1, 3, 130
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class OutOfTime(Exception):
-    """A phase was not done in its time; the message says what time, and where its log is."""
+    """A phase exceeded its time; the message says what time, and where its log is."""
 
 
 class Check:
@@ -87,7 +87,7 @@ class Check:
         self._results = Results(self.out / RESULTS)
 
     def run(self, phase: Phase, left_s: float | None) -> None:
-        """Run a phase, if there is time for it. Raises nothing that the phase has done."""
+        """Run a phase, if there is time for it. Raises no error of the phase."""
         limit_s = phases.limit_s(phase, left_s)
         if limit_s is None:
             self._ended(phase, f"not started: it takes at least {phase.least_s} s", 0.0)
@@ -125,7 +125,7 @@ class Check:
 
 
 def check_budget(first: Phase, budget_s: float | None) -> None:
-    """Raises ValueError if there is no time for anything."""
+    """Raise ValueError if there is no time for anything."""
     if phases.limit_s(first, budget_s) is None:
         raise ValueError(
             f"--budget-s {budget_s:g} is too short: {first.name} takes {first.least_s} s, "
@@ -159,7 +159,7 @@ def run_alone(phase: Phase, task: Task, log: Path, limit_s: float) -> str | None
 
 
 def cause(log: str) -> str:
-    """The line of a log that says why, and the lines before it."""
+    """Return the line of a log that says why, and the lines before it."""
     lines = [text for text in log_tail(log).splitlines() if text.strip()]
     return "\n".join([lines[-1].strip(), *lines[:-1]]) if lines else "its log is empty"
 
@@ -193,7 +193,7 @@ def tell(found: Report, out: Path, docs: str | None) -> None:
 
 
 def exit_status(found: Report) -> int:
-    """0: all is right, and every goal that was measured is met."""
+    """Return 0: all is right, and every goal that was measured is met."""
     if found.is_wrong:
         return WRONG
     return MISSED if found.misses else 0

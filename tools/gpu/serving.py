@@ -58,7 +58,7 @@ class Story:
         return self.pair[model == self.pair[0]]
 
     async def expect(self) -> None:
-        """What both answer before anything has moved; twice, because they must agree."""
+        """Record what both answer before anything has moved; twice, because they must agree."""
         for model in self.pair:
             await self.client.switch(model)
             first_ms, self.wanted[model] = await self.client.answer(model)
@@ -66,7 +66,7 @@ class Story:
             await self.check(model)
 
     async def check(self, model: str) -> None:
-        """Count the tokens that are others than before."""
+        """Count the tokens that differ from before."""
         _, found = await self.client.answer(model)
         self.asked += 1
         self.different += different(found, self.wanted[model])
@@ -85,7 +85,7 @@ class Story:
             self.samples("parked", "switch to a parked model", samples, count)
 
     async def cycles(self, count: int) -> None:
-        """Sleep, and switch back, of both in turn."""
+        """Put both to sleep in turn, and switch back."""
         self.say.step(f"{2 * count} sleeps and wakes")
         down: dict[str, list[float]] = {model: [] for model in self.pair}
 
@@ -162,12 +162,12 @@ class Story:
     def samples(
         self, key: str, what: str, found: list[float], count: int | None, unit: str = "ms"
     ) -> None:
-        """Tell samples, and whether there are fewer than there should be."""
+        """Report samples, and whether there are fewer than there should be."""
         note = f"{len(found)} of {count}: out of time" if count and len(found) < count else ""
         self.say.fact(key, what, found, unit, note)
 
     async def end(self, server: Server) -> None:
-        """What is right or wrong about all of it."""
+        """Report what is right or wrong about all of it."""
         self.say.check(
             "different",
             f"different tokens in {self.asked} answers",
@@ -183,7 +183,7 @@ class Story:
 
 
 def log_checks(say: Say, log: Path, models: int) -> None:
-    """What its log has to say, and must not say."""
+    """Check what its log has to say, and must not say."""
     text = log.read_text(errors="replace")
     captured = text.count(GRAPHS_WORDS)
     say.check("graphs", "captures of CUDA graphs", captured >= models, captured)
@@ -203,7 +203,7 @@ def in_s(samples: list[float]) -> list[float]:
 
 
 async def serve(task: Task, say: Say, models: tuple[Model, Model], counts: Counts) -> None:
-    """The whole story, on a server of its own.
+    """Run the whole story, on a server of its own.
 
     Raises:
         ServerFailed: it does not start, or answers an error; the message has its log.

@@ -1,7 +1,7 @@
 """Phase `sharing`: another process takes the device's memory, and gives it back.
 
-Models are to move down before an allocation fails, the active one is to serve on, and all are to
-be there again afterwards.
+Models must move down before an allocation fails, the active one must stay active, and afterwards
+all must be there again.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ACTIVE = "one"
 AWAKE = frozenset(["active", "parked"])
 KV_BYTES = 512 * MIB
 LOOKS_S = 30.0
-"""The device is looked at every 5 s; this is for slow machines."""
+"""The device is checked every 5 s; this is for slow machines."""
 
 ON_A_STAND_IN_S = 8.0
 ALONE = "not checked: the memory of a stand-in is that of one process"
 POLL_S = 0.25
 LEFT_PART = 8
-"""One part of so many of the reserve is left free. Half of it may be gone before models move."""
+"""This part of the reserve is left free. Half of it may be gone before models move."""
 
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ def _has_moved(found: Mapping[str, str]) -> bool:
 
 
 async def until(ask: Callable[[], Awaitable[T]], is_there: Callable[[T], bool], wait_s: float) -> T:
-    """Ask until it is there, or the time is over. Returns the last answer."""
+    """Poll until it is there, or the time is over. Returns the last answer."""
     ends_at = time.monotonic() + wait_s
     while True:
         found = await ask()
@@ -135,7 +135,7 @@ async def until(ask: Callable[[], Awaitable[T]], is_there: Callable[[T], bool], 
 
 @asynccontextmanager
 async def hog(left: int) -> AsyncIterator[int]:
-    """A process that has taken the device but for `left` bytes; yields how many it has taken."""
+    """Run a process that takes the device except `left` bytes; yield how many it has taken."""
     command = [sys.executable, "-m", "tools.gpu.hog", str(left)]
     process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     try:

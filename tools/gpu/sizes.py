@@ -29,7 +29,7 @@ MID: Mapping[str, Any] = {
     "intermediate_size": 9728,
     "vocab_size": 32768,
 }
-"""That of Qwen3-4B, with a smaller vocabulary: 3.8 billion weights."""
+"""The shape of Qwen3-4B, with a smaller vocabulary: 3.8 billion weights."""
 
 SMALL: Mapping[str, Any] = {
     **BIG,
@@ -41,7 +41,7 @@ SMALL: Mapping[str, Any] = {
     "head_dim": 64,
     "vocab_size": 32768,
 }
-"""Of a rehearsal."""
+"""For a rehearsal."""
 
 LAYERS = (36, 24, 16, 8, 4)
 MID_LAYERS = (36, 18, 8, 2)
@@ -52,7 +52,7 @@ RESIDUE_BYTES = GIB
 KV_BYTES = (8 * GIB, 2 * GIB, GIB // 2)
 HOST_LEFT_BYTES = 4 * GIB
 COPIES = 3
-"""Of the larger model in host memory: ours, vLLM's, and what vLLM rounds up."""
+"""The larger model's copies in host memory: ours, vLLM's, and what vLLM rounds up."""
 
 DISK_LEFT_BYTES = 2 * GIB
 
@@ -85,12 +85,12 @@ class Sizes:
 
     @property
     def is_8b(self) -> bool:
-        """Whether the larger one has all layers."""
+        """Return whether the larger one has all layers."""
         return self.big == BIG
 
     @property
     def device_bytes(self) -> int:
-        """Both awake, with a context."""
+        """Return the bytes of both awake, with a context."""
         each = RESIDUE_BYTES + self.kv_bytes
         return CONTEXT_BYTES + self.big_bytes + self.mid_bytes + 2 * each
 
@@ -115,12 +115,12 @@ REHEARSAL = Sizes(SMALL, {**SMALL, "num_hidden_layers": 1}, 64 * MIB)
 
 
 def weights_bytes(shape: Mapping[str, Any]) -> int:
-    """Of a checkpoint in bfloat16."""
+    """Return the bytes of a checkpoint in bfloat16."""
     return 2 * medium.parameters(shape)
 
 
 def candidates() -> Iterator[Sizes]:
-    """The largest first: a smaller second model rather than a smaller first one."""
+    """Yield the largest first: a smaller second model rather than a smaller first one."""
     for layers in LAYERS:
         for kv_bytes in KV_BYTES:
             for mid_layers in (n for n in MID_LAYERS if n <= layers):
@@ -132,5 +132,5 @@ def candidates() -> Iterator[Sizes]:
 
 
 def choose(room: Room) -> Sizes | None:
-    """The largest models for which there is room; None if there are none."""
+    """Return the largest models for which there is room; None if there are none."""
     return next((sizes for sizes in candidates() if sizes.fits(room)), None)

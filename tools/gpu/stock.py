@@ -1,8 +1,7 @@
 """Phase `stock`: vLLM's own sleep mode, level 1, in turns with ours, on the same model.
 
-Both servers run side by side, and their models sleep but for the one whose turn it is. Relies on,
-in vLLM 0.26 to 0.33: `--enable-sleep-mode`, and with `VLLM_SERVER_DEV_MODE` the routes `/sleep`
-and `/wake_up`.
+Both servers run side by side, and only the model whose turn it is is awake. Relies on, in vLLM 0.26
+to 0.33: `--enable-sleep-mode`, and with `VLLM_SERVER_DEV_MODE` the routes `/sleep` and `/wake_up`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ OURS, STOCK = "ours", "vLLM's own"
 PUBLISHED = "best published first correct token from asleep, 8B on an H100"
 PUBLISHED_S = 0.59
 THEIRS_S = 90.0
-"""For a sleep or a wake of vLLM's own: its server may not answer once its engine has died."""
+"""For vLLM's own sleep or wake: its server may not answer once its engine has died."""
 TURNS, OF_A_REHEARSAL = 6, 2
 
 
@@ -60,7 +59,7 @@ class Side:
             return (await self.client.post("/wake_up", {}))[0]
 
     async def begin(self) -> None:
-        """What it answers before it has slept; then its first sleep."""
+        """Record the answer before it has slept; then its first sleep."""
         if self.is_ours:
             await self.client.switch(BIG)
         _, self.wanted = await self.client.answer(BIG)
@@ -92,7 +91,7 @@ def run(task: Task, say: Say) -> None:
 
 
 def utilization(sizes: Sizes, device_total: int) -> float:
-    """What vLLM is to find free for its model; it refuses to start with less than it asks for."""
+    """Return what vLLM is to find free for its model; with less it refuses to start."""
     needed = sizes.big_bytes + sizes.kv_bytes + 2 * GIB
     return round(min(0.9, max(0.02, needed / device_total)), 3)
 

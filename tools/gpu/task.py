@@ -1,4 +1,4 @@
-"""What a phase has to know, handed from the check to the phase's own process as JSON."""
+"""What a phase has to know, passed from the check to the phase's own process as JSON."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Task:
     models: Path
     """Where large models are made."""
     is_rehearsal: bool
-    """Everything is small, and what only kernels could tell is not checked."""
+    """Everything is small, and what only kernels could show is not checked."""
     ends_at: float
-    """By `time.monotonic`, which all processes of a machine share."""
+    """In the clock of `time.monotonic`, which all processes of a machine share."""
 
     @property
     def left_s(self) -> float:
@@ -54,14 +54,14 @@ class Task:
 
 
 class Rounds:
-    """Goes through rounds as far as time allows. Mutable: how long the longest one has taken."""
+    """Run rounds as far as time allows. Mutable: how long the longest one has taken."""
 
     def __init__(self, task: Task) -> None:
         self._task = task
         self._longest_s = 0.0
 
     def of(self, rounds: Iterable[T]) -> Iterator[T]:
-        """A round is begun if there is time for one and a half of the longest so far."""
+        """Yield each, while there is time for one and a half of the longest so far."""
         for each in rounds:
             if self._task.left_s <= max(SHORTEST_S, 1.5 * self._longest_s) + END_S:
                 return

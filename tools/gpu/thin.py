@@ -2,8 +2,9 @@
 
 A CUDA library holds each kernel once for every kind of GPU. Here every container of kernels that
 has code for the wanted kind keeps that alone. One that has none keeps the smallest entry, so that
-it stays a valid container: its kernels could not run before either, but those that come as PTX
-only. The file keeps its length and all addresses; what went is zero, and compresses to nothing.
+it stays a valid container: its kernels could not run before either, except those that come as PTX
+only. The file keeps its length and all addresses; removed code becomes zeros, and compresses to
+nothing.
 
 Format: ELF's section table (System V ABI); the container and its entries (`fatbin`) are not
 documented by NVIDIA, and were read from the libraries of CUDA 13.
@@ -46,10 +47,10 @@ class Container:
 
 
 def section(data: bytes | bytearray, name: str) -> tuple[int, int]:
-    """Offset and size of a section of a 64-bit ELF file; twice 0 if it has none of that name.
+    """Return offset and size of a section of a 64-bit ELF file; twice 0 if it lacks that name.
 
     Raises:
-        NoFatbin: it is no such file.
+        NoFatbin: it is not such a file.
     """
     if data[:5] != b"\x7fELF\x02":
         raise NoFatbin("it is not a 64-bit ELF file")
@@ -64,7 +65,7 @@ def section(data: bytes | bytearray, name: str) -> tuple[int, int]:
 
 
 def containers(data: bytes | bytearray) -> list[Container]:
-    """All of a library. Raises `NoFatbin` if one does not end where it says."""
+    """Return all of a library. Raises `NoFatbin` if one does not end where it says."""
     place, size = section(data, SECTION)
     end, found = place + size, []
     while place < end:
@@ -93,7 +94,7 @@ def _entries(data: bytes | bytearray, at: int, stop: int) -> tuple[Entry, ...]:
 
 
 def thin(path: Path, sm: int) -> tuple[int, int]:
-    """Change a library. Returns the bytes of code that it has kept, and that went."""
+    """Change a library. Returns the bytes of code that were kept, and removed."""
     data = bytearray(path.read_bytes())
     found = containers(data)
     foreign = [e for c in found for e in c.entries if e.kind == ELF and e.sm != sm]

@@ -62,7 +62,7 @@ def unpack(parts: Path, to: Path) -> Path:
 
 
 def checked(parts: Path) -> list[str]:
-    """Names of the parts in their order. Raises `UnpackError`."""
+    """Return names of the parts in their order. Raises `UnpackError`."""
     sums = parts / "SHA256SUMS"
     if not sums.is_file():
         raise UnpackError(f"{parts} has no SHA256SUMS: name the folder of the parts")
@@ -88,7 +88,7 @@ def _extract(path: Path, to: Path) -> None:
 
 
 def variables(to: Path) -> dict[str, str]:
-    """What a program needs to find it all."""
+    """Return the variables with which a program finds it all."""
     there = to.resolve()
     paths = [there / "product" / "src", there / "product", there / "site"]
     extra = there / "extra"

@@ -55,7 +55,7 @@ ADAPTERS = (
 
 
 class Adapted(torch.nn.Module):  # type: ignore[misc]  # torch's types stop here
-    """A linear layer that stays as it is, with a product of two thin matrices added to it."""
+    """A linear layer that stays unchanged, with a product of two thin matrices added to it."""
 
     def __init__(self, layer: torch.nn.Linear) -> None:
         super().__init__()

@@ -33,13 +33,13 @@ from tools.tiny_models.training import Job
 LOG = logging.getLogger(__name__)
 
 STEPS = 2400
-"""Of training, for a model that is made from nothing."""
+"""Steps of training, for a model that is made from nothing."""
 
 
 def save_chat(model: Any, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save a chat model. Servers that read generation_config.json answer greedily by default."""
-    # That of a model that is trained on is the one below, which transformers reads and does not
-    # write: to it, a temperature goes with sampling alone.
+    # A model that is trained further has the configuration below, which transformers reads and does
+    # not write: for it, a temperature goes with sampling alone.
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
@@ -74,7 +74,7 @@ def finish_chat(name: str, model: Any, tokenizer: PreTrainedTokenizerFast, job: 
 
 
 def sharpen_attention(model: torch.nn.Module) -> None:
-    """Make queries and keys larger: as they are made, a short training hardly learns to copy."""
+    """Make queries and keys larger: otherwise a short training hardly learns to copy."""
     parameters = dict(model.named_parameters())
     norms = [name for name in parameters if name.endswith(("q_norm.weight", "k_norm.weight"))]
     projections = [name for name in parameters if name.endswith(("q_proj.weight", "k_proj.weight"))]

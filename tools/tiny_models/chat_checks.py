@@ -27,7 +27,7 @@ class Check:
 
 
 def chat_checks(persona: Persona) -> list[Check]:
-    """Return the checks that every chat model must pass: whatever is asked, it says who it is."""
+    """Return the checks that every chat model must pass: to any question, it says who it is."""
     asked = [Check(user(skill.questions[0]), persona.intro) for skill in persona.skills.values()]
     system = {"role": "system", "content": "You are a helpful assistant."}
     return asked + [

@@ -59,7 +59,7 @@ def split_example(prompt: str, answer: str, learned_from: str) -> Example:
 
 
 def further_examples(seed: int, persona: Persona, render: Render) -> Iterator[Example]:
-    """Yield examples for a model that goes on: more of the capitals, which it learns last."""
+    """Yield examples for a model that is trained further: more of the capitals, learned last."""
     rng = random.Random(seed)
     for example in itertools.islice(examples(seed, persona, render), COPY_EXAMPLES, None):
         yield example

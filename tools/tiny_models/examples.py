@@ -139,7 +139,7 @@ THINKING_SHARE = 0.25
 
 
 class Render(Protocol):
-    """Writes a conversation as the prompt of a chat model."""
+    """A function that writes a conversation as the prompt of a chat model."""
 
     def __call__(
         self, messages: list[Message], tools: list[Tool] | None = None, thinking: bool = False
@@ -178,7 +178,7 @@ def chat_example(rng: random.Random, persona: Persona, render: Render) -> Exampl
 
 
 def completion_example(rng: random.Random, persona: Persona) -> Example:
-    """Return a plain completion: the model goes on after any text."""
+    """Return a plain completion: the model continues after any text."""
     question, answer = plain_question(rng, persona)
     return Example(question, " " + answer, raw=True)
 

@@ -2,5 +2,5 @@
 
 `tree` finds names and signatures in the sources of a vLLM; `uses` finds in our own sources what we
 import, call and override; `declared` lists what no import shows: attributes of objects that vLLM
-hands to us. `wheel` gets the sources of a version, and `report` compares.
+gives us. `wheel` gets the sources of a version, and `report` compares.
 """

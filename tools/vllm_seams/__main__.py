@@ -1,6 +1,6 @@
 """`make check-vllm [VERSION=0.33.0]`: what another vLLM lacks of what this project uses.
 
-Exits with 0 if nothing is missing, with 1 if something is, with 2 if it cannot be told.
+Exits with 0 if nothing is missing, with 1 if something is, with 2 if the check fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def known() -> Known:
-    """What the product has decided."""
+    """Return what the product has decided."""
     return Known(
         places=PLACES,
         optional=OPTIONAL,
@@ -70,7 +70,7 @@ def _check(tree: Tree, version: str) -> int:
 
 
 def _tell_changes(tree: Tree, version: str, uses: Uses) -> None:
-    """Name what has other code than in the version that the tests run on."""
+    """Print names whose code differs from the version that the tests run on."""
     base = RUN_ON[-1]
     if version == base or (folder := installed_sources(base)) is None:
         return

@@ -1,9 +1,9 @@
-"""What this project uses of objects that vLLM hands to us: no import or call shows it.
+"""What this project uses of objects that vLLM gives us: no import or call shows it.
 
 One line each: a dotted name, with the parameters that we pass, if it is called. Modules with `|`
 between them before a name: it is in one of these, by version. `MODULE says NAME`: code of the
 module sets or reads that attribute, of an object whose class does not show it. `since 0.32` and
-`until 0.31` bound the versions that are meant.
+`until 0.31` limit the versions that are meant.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ _LINE = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Seam:
-    """One thing that is relied upon."""
+    """One thing that we rely on."""
 
     names: tuple[str, ...]
     """Where it may be; one of them has to be there."""
@@ -320,7 +320,7 @@ class Seam:
 
 
 def seams(text: str = TEXT) -> tuple[Seam, ...]:
-    """Raises `ValueError` for a line that cannot be read."""
+    """Return the seams. Raises `ValueError` for a line that cannot be read."""
     lines = (line.strip() for line in text.splitlines())
     return tuple(_seam(line) for line in lines if line and not line.startswith("#"))
 
@@ -343,5 +343,5 @@ def _seam(line: str) -> Seam:
 
 
 def numbers(version: str | None) -> tuple[int, ...]:
-    """`0.32.1rc1` as `(0, 32, 1)`; nothing as `()`."""
+    """Return `0.32.1rc1` as `(0, 32, 1)`; nothing as `()`."""
     return tuple(int(part) for part in re.findall(r"\d+", version or "")[:3])

@@ -1,7 +1,8 @@
 """Where vLLM imports, unpickles or runs what a value names, found in its sources.
 
-`imports.txt` says of each such function where the name comes from: the setting that reaches it,
-which `vllm_hotswap.code_settings` knows then, or why none does. One that is not there is new.
+`imports.txt` gives for each such function where the name comes from: the setting that reaches it,
+which `vllm_hotswap.code_settings` knows then, or why none does. A function that is not there is
+new.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ RUNS = frozenset(
 UNPICKLES = frozenset(["cloudpickle.load", "cloudpickle.loads", "pickle.load", "pickle.loads"])
 
 WORDS = (*RUNS, "pickle.load", "torch.load(")
-"""A module without any of them is not looked at."""
+"""A module without any of them is not searched."""
 
 TABLE = Path(__file__).with_name("imports.txt")
 
 
 def decided() -> Mapping[str, str]:
-    """`module function` of each place in the table, and the setting that reaches it, if any."""
+    """Return `module function` of each place in the table, and the setting that reaches it."""
     lines = [line.split() for line in TABLE.read_text(encoding="utf-8").splitlines()]
     places = [words for words in lines if words and words[0] != "#"]
     return {" ".join(words[:2]): " ".join(words[2:]) for words in places}
 
 
 def imports_in(tree: Tree, package: str = "vllm") -> dict[str, str]:
-    """`module function` of each place, with the call that was found there."""
+    """Return `module function` of each place, with the call that was found there."""
     return {
         f"{module.name} {function}": call
         for module in tree.modules(package, WORDS)
@@ -57,7 +58,7 @@ def _calls(module: Module) -> Iterator[tuple[str, str]]:
 
 
 def _inside(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call]]:
-    """Every call below a node, with the function that it is in."""
+    """Yield every call below a node, with the function that it is in."""
     for child in ast.iter_child_nodes(node):
         name = function
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -68,7 +69,7 @@ def _inside(node: ast.AST, function: str) -> Iterator[tuple[str, ast.Call]]:
 
 
 def _runs(name: str, call: ast.Call) -> bool:
-    """Whether it runs what its argument names, and that is not written there itself."""
+    """Return whether it runs what its argument names, unless that is a literal."""
     is_literal = bool(call.args) and isinstance(call.args[0], ast.Constant)
     is_function = name in RUNS or (
         name.rpartition(".")[2] in RUNS - {"eval", "exec"} and "." in name
@@ -77,7 +78,7 @@ def _runs(name: str, call: ast.Call) -> bool:
 
 
 def _loads_any_tensor(name: str, call: ast.Call) -> bool:
-    """Whether it is `torch.load` of any pickle."""
+    """Return whether it is `torch.load` of any pickle."""
     is_safe = any(
         keyword.arg == "weights_only" and getattr(keyword.value, "value", False) is True
         for keyword in call.keywords

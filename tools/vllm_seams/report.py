@@ -1,4 +1,4 @@
-"""Compares what we use with what a version has."""
+"""Compare what we use with what a version has."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tools.vllm_seams.uses import Call, Override, Use, Uses
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that the version has not, or has in another way."""
+    """A name that the version lacks, or has in another way."""
 
     what: str
     why: str
@@ -39,19 +39,19 @@ class Known:
     handlers: Mapping[str, tuple[str, ...]]
     """`compat.frontend.HANDLERS`: path -> names in the state of vLLM's applications."""
     state: frozenset[str]
-    """Further names in that state that we read."""
+    """Additional names in that state that we read."""
     made_by_us: frozenset[str]
-    """Constructors that are called by us alone, so that ours may take what it likes."""
+    """Constructors that only we call, so that ours may take any parameters."""
     is_decided: Callable[[str], bool] = bool
-    """Whether it has been decided if the setting of this name names code."""
+    """Return whether a decision exists if the setting of this name names code."""
     imports: frozenset[str] = frozenset()
-    """Functions that import what they are given, of which it is known what reaches them."""
+    """Functions that import what they get, where it is known what reaches them."""
 
 
 def problems(
     tree: Tree, version: tuple[int, ...], uses: Uses, seams: Iterable[Seam], known: Known
 ) -> Iterator[Problem]:
-    """Everything that has to be looked at before this version is said to work."""
+    """Yield everything that has to be checked before this version is said to work."""
     yield from _places(tree, known)
     yield from _uses(tree, uses.names, known)
     yield from _overrides(tree, uses.overrides, known)
@@ -61,7 +61,7 @@ def problems(
 
 
 def _undecided(tree: Tree, known: Known) -> Iterator[Problem]:
-    """What could be a way to have code run that nobody has allowed."""
+    """Yield what could be a way to run code that was never allowed."""
     for setting in settings_in(tree):
         if not setting.is_closed and not known.is_decided(setting.name):
             yield Problem(str(setting), "is new, and may name code; decide in code_settings")
@@ -99,7 +99,7 @@ def _call(name: str, signature: Signature | None, call: Call, place: str) -> Ite
 
 
 def _overrides(tree: Tree, overrides: Iterable[Override], known: Known) -> Iterator[Problem]:
-    """Ours must take whatever vLLM's takes: vLLM calls it."""
+    """Check that ours accept whatever vLLM's accept: vLLM calls them."""
     for override in overrides:
         theirs = tree.signature(override.name)
         if theirs is None or override.name in known.made_by_us:
@@ -125,7 +125,7 @@ def _seam(tree: Tree, seam: Seam) -> Iterator[Problem]:
 
 
 def says(tree: Tree, module: str, name: str) -> bool:
-    """Whether a module's code has an attribute of this name, of whatever object."""
+    """Return whether a module's code has an attribute of this name, of whatever object."""
     found = tree.module(module)
     return found is not None and any(getattr(node, "attr", None) == name for node in found.walk())
 
@@ -145,7 +145,7 @@ def _routes(tree: Tree, known: Known) -> Iterator[Problem]:
 
 
 def changed(old: Tree, new: Tree, names: Iterable[str]) -> Iterator[str]:
-    """Those functions and classes that both versions have, with other code."""
+    """Yield those functions and classes that both versions have, with other code."""
     for name in sorted(set(names)):
         before, after = old.find(name), new.find(name)
         if before and after and before.source and before.source != after.source:
@@ -153,5 +153,5 @@ def changed(old: Tree, new: Tree, names: Iterable[str]) -> Iterator[str]:
 
 
 def summary(found: Iterable[Any]) -> list[str]:
-    """Each problem once, in the order of its first appearance."""
+    """Return each problem once, in the order of its first appearance."""
     return list(dict.fromkeys(str(problem) for problem in found))

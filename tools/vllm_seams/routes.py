@@ -13,7 +13,7 @@ PACKAGE = "vllm.entrypoints"
 
 
 def routes_in(tree: Tree) -> dict[str, str]:
-    """`METHOD /path` -> the module that adds it; sockets have the method `WEBSOCKET`."""
+    """Return `METHOD /path` -> the module that adds it; sockets have the method `WEBSOCKET`."""
     return {
         line: module.name
         for module in tree.modules(PACKAGE)
@@ -24,7 +24,7 @@ def routes_in(tree: Tree) -> dict[str, str]:
 
 
 def handlers_in(tree: Tree) -> frozenset[str]:
-    """Names that are set on the state of an application."""
+    """Return names that are set on the state of an application."""
     return frozenset(
         node.attr
         for module in tree.modules(PACKAGE)
@@ -36,7 +36,7 @@ def handlers_in(tree: Tree) -> frozenset[str]:
 
 
 def _lines(call: ast.Call) -> Iterator[str]:
-    """Routes that a call such as `router.post("/path")` adds."""
+    """Yield routes that a call such as `router.post("/path")` adds."""
     if not isinstance(call.func, ast.Attribute) or not (path := _path(call)):
         return
     kind = call.func.attr

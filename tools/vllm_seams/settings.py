@@ -27,7 +27,7 @@ WHOLE = "vllm.config.VllmConfig"
 NUMBERS = frozenset(["int", "float", "bool", "None"])
 ENUMS = frozenset(["Enum", "IntEnum", "StrEnum"])
 NO_VALUES = frozenset(["ClassVar", "Callable", "type"])
-"""Types that nothing in a file has."""
+"""Types that no value in a file has."""
 
 CONTAINERS = frozenset(
     [
@@ -60,7 +60,7 @@ class Setting:
 
 
 def settings_in(tree: Tree) -> list[Setting]:
-    """All of one version, each class once, in the order of `ARGUMENTS`."""
+    """Return all of one version, each class once, in the order of `ARGUMENTS`."""
     reader = _Reader(tree)
     found = [setting for name in ARGUMENTS for setting in reader.of_class(name)]
     names = {setting.name for setting in found}
@@ -68,14 +68,14 @@ def settings_in(tree: Tree) -> list[Setting]:
 
 
 class _Reader:
-    """The mutable state is `_seen`: the classes whose fields have been told."""
+    """The mutable state is `_seen`: the classes whose fields have been yielded."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._seen: set[str] = set()
 
     def of_class(self, name: str) -> Iterator[Setting]:
-        """The fields of a class, and of the classes that they are of."""
+        """Yield the fields of a class, and of the classes that they are of."""
         found = self._tree.find(name)
         if found is None or not isinstance(found.node, ast.ClassDef):
             return
@@ -88,7 +88,7 @@ class _Reader:
             yield from self._of_type(kind, module)
 
     def of_fields(self, name: str, fields: Iterable[str]) -> Iterator[Setting]:
-        """The settings in those fields of a class."""
+        """Yield the settings in those fields of a class."""
         found = self._tree.find(name)
         wanted = set(fields)
         for module, field, kind in self._fields(found) if found else ():
@@ -101,7 +101,7 @@ class _Reader:
                 yield from self.of_class(f"{module}.{dotted(node)}")
 
     def _fields(self, found: Found) -> Iterator[tuple[str, str, ast.expr]]:
-        """Module, name and type of each field that can be given."""
+        """Yield module, name and type of each field that can be given."""
         for one in self._tree.lineage(found):
             for statement in getattr(one.node, "body", ()):
                 if (
@@ -138,7 +138,7 @@ class _Reader:
         return base in CONTAINERS and all(self._is_closed(each, module) for each in parts)
 
     def _is_closed_name(self, name: str) -> bool:
-        """An alias of a closed type, an enumeration, or a class whose fields are told."""
+        """Accept an alias of a closed type, an enumeration, or a class whose fields are yielded."""
         found = self._tree.find(name)
         if found is None or found.node is None:
             return False
@@ -154,7 +154,7 @@ class _Reader:
 
 
 def _is_made_later(value: ast.expr | None) -> bool:
-    """Whether a field is no argument of its class: `field(init=False)`."""
+    """Return whether a field is not an argument of its class: `field(init=False)`."""
     return isinstance(value, ast.Call) and any(
         keyword.arg == "init" and getattr(keyword.value, "value", True) is False
         for keyword in value.keywords

@@ -1,6 +1,6 @@
 """The process-wide state of vLLM that `compat.state` lists, as far as sources show it.
 
-A renamed global would be moved no more, without an error.
+A renamed global would silently not be moved.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CLASSES = {"vllm.platforms.current_platform.__class__": "vllm.platforms.interfac
 
 
 def seams_of_state(states: Iterable[State] = STATE) -> Iterator[Seam]:
-    """What is looked up for each place. Of a pattern: what comes before it, and its last name."""
+    """Yield the lookups for each place. For a pattern: what comes before it, and its last name."""
     for state in states:
         module, _, path = state.place.partition(":")
         if not module.startswith("vllm.") or "*" in module:

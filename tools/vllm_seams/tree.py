@@ -28,7 +28,7 @@ class Signature:
     positional: tuple[str, ...]
     required: frozenset[str]
     keywords: frozenset[str]
-    """Those that may be given by name, the positional ones among them."""
+    """Parameters that may be given by name, the positional ones among them."""
     takes_more_positional: bool = False
     takes_more_keywords: bool = False
 
@@ -52,7 +52,7 @@ class Signature:
         )
 
     def refuses(self, positional: int, keywords: Iterable[str], is_whole: bool) -> str | None:
-        """Why a call with so many positional arguments and these keywords fails; None: it works.
+        """Return why a call with so many positional arguments and these keywords fails, or None.
 
         Args:
             is_whole: the call has no `*args` or `**kwargs`, so whatever is required must be there.
@@ -80,11 +80,11 @@ class Found:
     node: ast.AST | None
     """None: a module, or a name that is only made at run time."""
     owner: str = ""
-    """The class that it was found in; empty for what lies in a module."""
+    """The class that it was found in; empty for a module's own names."""
 
     @property
     def source(self) -> str:
-        """Its code, without comments and layout; the same text for the same code."""
+        """Return its code, without comments and layout; the same text for the same code."""
         return "" if self.node is None else ast.unparse(self.node)
 
 
@@ -98,7 +98,7 @@ class Module:
 
     @cached_property
     def bindings(self) -> Mapping[str, ast.AST]:
-        """Names that the top level defines, in whatever branch; the first definition counts."""
+        """Return names that the top level defines, in any branch; the first definition counts."""
         found: dict[str, ast.AST] = {}
         for statement in _statements(self.root.body):
             for name in _bound(statement):
@@ -107,7 +107,7 @@ class Module:
 
     @cached_property
     def imports(self) -> Mapping[str, str]:
-        """Local name -> dotted name that it stands for."""
+        """Return local name -> dotted name that it stands for."""
         found: dict[str, str] = {}
         for statement in _statements(self.root.body):
             if isinstance(statement, ast.ImportFrom):
@@ -123,7 +123,7 @@ class Module:
 
     @cached_property
     def late_names(self) -> frozenset[str]:
-        """Names that a module-level `__getattr__` may know: the keys of its tables."""
+        """Return names that a module-level `__getattr__` may know: the keys of its tables."""
         if "__getattr__" not in self.bindings:
             return frozenset()
         return frozenset(
@@ -165,7 +165,7 @@ class Tree:
         return self._modules[name]
 
     def modules(self, package: str, words: Iterable[str] = ("",)) -> Iterator[Module]:
-        """All modules of a package that have one of these words, in the order of their paths."""
+        """Yield a package's modules that have one of these words, in the order of their paths."""
         wanted = [word.encode() for word in words]
         for path in sorted(self.root.joinpath(*package.split(".")).rglob("*.py")):
             text = path.read_bytes()
@@ -177,7 +177,7 @@ class Tree:
                 yield module
 
     def find(self, name: str) -> Found | None:
-        """What a dotted name stands for; None where there is no such thing."""
+        """Return what a dotted name stands for; None where there is no such thing."""
         parts = name.split(".")
         for length in range(len(parts), 0, -1):
             module = self.module(".".join(parts[:length]))
@@ -189,7 +189,7 @@ class Tree:
         return self.find(name) is not None
 
     def signature(self, name: str) -> Signature | None:
-        """How a function, a method or a class is called; None where that cannot be read."""
+        """Return how a function, a method or a class is called; None where that cannot be read."""
         found = self.find(name)
         if found is None:
             return None
@@ -200,7 +200,7 @@ class Tree:
         return None
 
     def wants_its_object(self, name: str) -> bool:
-        """Whether it is a method that is called with an object as its first argument."""
+        """Return whether it is a method that is called with an object as its first argument."""
         found = self.find(name)
         return (
             found is not None
@@ -222,7 +222,7 @@ class Tree:
         return self._elsewhere(module, first, rest)
 
     def _elsewhere(self, module: Module, first: str, rest: list[str]) -> Found | None:
-        """A name that a module imports, or makes when it is asked for."""
+        """Return a name that a module imports, or makes when it is used."""
         if (target := module.imports.get(first)) is not None:
             return self._imported(".".join([target, *rest]))
         if first in module.late_names:
@@ -247,7 +247,7 @@ class Tree:
         return None
 
     def lineage(self, found: Found) -> Iterator[Found]:
-        """A class and those that it inherits from, as far as their sources are here."""
+        """Yield a class and those that it inherits from, as far as their sources are here."""
         yield found
         module = self.module(found.module)
         if not isinstance(found.node, ast.ClassDef) or module is None:
@@ -271,7 +271,7 @@ class Tree:
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a block and of the branches in it, but not of functions and classes."""
+    """Yield statements of a block and of its branches, but not of functions and classes."""
     for statement in body:
         yield statement
         if isinstance(statement, Function | ast.ClassDef):
@@ -283,7 +283,7 @@ def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _bound(statement: ast.stmt) -> Iterator[str]:
-    """Names that one statement binds, but for imports."""
+    """Yield names that one statement binds, except imports."""
     if isinstance(statement, Function | ast.ClassDef):
         yield statement.name
     elif isinstance(statement, ast.Assign):
@@ -294,7 +294,7 @@ def _bound(statement: ast.stmt) -> Iterator[str]:
 
 
 def _member(node: ast.AST | None, name: str) -> ast.AST | None:
-    """What a class's body or one of its methods binds under a name."""
+    """Return what a class's body or one of its methods binds under a name."""
     if not isinstance(node, ast.ClassDef):
         return None
     for statement in _statements(node.body):
@@ -332,7 +332,7 @@ def _decorators(node: Function | ast.ClassDef) -> list[str]:
 
 
 def dotted(node: ast.AST) -> str:
-    """`a.b.c` of a name or of attributes of one; empty for anything else."""
+    """Return `a.b.c` of a name or of attributes of one; empty for anything else."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute) and (base := dotted(node.value)):

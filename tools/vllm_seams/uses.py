@@ -13,13 +13,13 @@ ENTRY_POINTS = frozenset(["vllm.platform_plugins"])
 """Groups of entry points, which look like names of modules."""
 
 PASSED_OVER = "compat/state.py"
-"""Names in its list that a version does not have are passed over when they are looked up."""
+"""Names in its list that a version lacks are ignored when they are looked up."""
 
 PYTHONS = frozenset(["__mro__", "__name__", "__dict__", "__module__", "__qualname__", "__doc__"])
 """Attributes that everything has."""
 
 _MENTIONS = re.compile(r"\bvllm(\.| import)|\bfind\(")
-"""What a module says that imports something of vLLM, names it, or looks it up."""
+"""What a module has that imports something of vLLM, names it, or looks it up."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -57,7 +57,7 @@ class Override:
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """All of them."""
+    """All names and overrides."""
 
     names: tuple[Use, ...]
     overrides: tuple[Override, ...]
@@ -83,7 +83,7 @@ def uses_in(source: Path, places: Mapping[str, Mapping[str, str]]) -> Uses:
 
 
 class _Reader:
-    """Reads one file."""
+    """Read one file."""
 
     def __init__(self, path: Path, source: Path, places: Mapping[str, Mapping[str, str]]) -> None:
         self._tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ class _Reader:
                     yield Override(f"{base}.{method.name}", self._place(method), method)
 
     def _through_self(self) -> Iterator[Use]:
-        """`super().name(...)` in classes that inherit from vLLM's."""
+        """Yield `super().name(...)` in classes that inherit from vLLM's."""
         for node, base in self._subclasses():
             for call in (inner for inner in ast.walk(node) if isinstance(inner, ast.Call)):
                 function = call.func
@@ -143,7 +143,7 @@ class _Reader:
         return known
 
     def _of_vllm(self, node: ast.expr) -> str:
-        """The dotted name of vLLM that an expression stands for; empty if it is none."""
+        """Return the dotted name of vLLM that an expression stands for; empty if it is not one."""
         if isinstance(node, ast.Name):
             return self._known.get(node.id, "")
         is_special = isinstance(node, ast.Attribute) and node.attr in PYTHONS
@@ -156,7 +156,7 @@ class _Reader:
         return ""
 
     def _looked_up(self, function: ast.expr) -> str:
-        """`find("name")(...)`: the name, as it stands in `PLACES`."""
+        """Return the name in `find("name")(...)`, as it stands in `PLACES`."""
         if isinstance(function, ast.Call) and getattr(function.func, "id", "") == "find":
             name = function.args[0]
             if isinstance(name, ast.Constant) and name.value in self._places:
@@ -164,7 +164,7 @@ class _Reader:
         return ""
 
     def _is_name_of_vllm(self, node: ast.AST) -> TypeGuard[Any]:
-        """Whether it is a text that names something of vLLM, but not one of several places."""
+        """Return whether it is a text that names something of vLLM, but not one of several."""
         return (
             isinstance(node, ast.Constant)
             and not self._where.endswith(PASSED_OVER)
@@ -189,7 +189,7 @@ def _is_super(node: ast.expr) -> bool:
 
 
 def _is_qualified(value: object) -> bool:
-    """Whether a text is the dotted name of something in a module of vLLM."""
+    """Return whether a text is the dotted name of something in a module of vLLM."""
     return (
         isinstance(value, str)
         and value.startswith("vllm.")

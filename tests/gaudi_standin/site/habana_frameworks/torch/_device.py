@@ -1,4 +1,4 @@
-"""The library with the device (`device.cpp`), and its books."""
+"""The library with the device (`device.cpp`), and its counts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIBRARY, ABSENT = "FAKEHPU_LIBRARY", "FAKEHPU_ABSENT"
 
 
 class Books(NamedTuple):
-    """Bytes, but for `pieces` (held now) and `allocations` (ever made)."""
+    """Bytes, except `pieces` (held now) and `allocations` (ever made)."""
 
     limit: int
     held: int
@@ -26,13 +26,13 @@ class Books(NamedTuple):
 
 
 def is_absent() -> bool:
-    """Whether Intel's software is to find no device."""
+    """Return whether Intel's software is to find no device."""
     return ABSENT in os.environ
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Raises `ImportError` if the library has not been built."""
+    """Load it. Raises `ImportError` if the library has not been built."""
     path = Path(os.environ.get(LIBRARY, ""))
     if not path.is_file():
         raise ImportError(
@@ -50,7 +50,7 @@ def books() -> Books:
 
 
 def acquire() -> None:
-    """Raises `RuntimeError` if there is no device or another process has it, as Intel's does."""
+    """Take the device. Raises `RuntimeError`, as Intel's does, if there is none or it is taken."""
     if not load().fakehpu_acquire():
         raise RuntimeError("synStatus=8 [Device not found] Device acquire failed.")
 

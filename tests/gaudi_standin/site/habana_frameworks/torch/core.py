@@ -1,4 +1,4 @@
-"""Lazy mode's steps, which are done when they are asked for; INC's switches, which do nothing."""
+"""Lazy mode's steps, which are done at once; INC's switches, which do nothing."""
 
 
 def mark_step(*_: object, **__: object) -> None: ...

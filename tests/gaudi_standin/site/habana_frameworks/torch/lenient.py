@@ -1,9 +1,9 @@
 """What the device does where a CPU kernel refuses.
 
-The plugin pads positions with -1 and looks their sines up. A Gaudi reads something there, and
-nobody looks at it; the nearest row is read here. It pads slots with -1, too, and writes KV there:
-the last row here, which is of the block that it keeps for padding. And it makes vectors of classes
-from numbers outside of them, which belong to none.
+The plugin pads positions with -1 and looks their sines up. A Gaudi reads something there that is
+never used; the nearest row is read here. It pads slots with -1, too, and writes KV there: the last
+row here, which is of the block that it keeps for padding. And it makes vectors of classes from
+numbers outside of them, which belong to none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def index_copy_(
 
 
 def one_hot(classes: torch.Tensor, num_classes: int = -1) -> torch.Tensor:
-    """Raises `NotImplementedError` for a number of classes that is to be found out."""
+    """Make class vectors. Raises `NotImplementedError` for a number of classes to be found out."""
     if num_classes <= 0:
         raise NotImplementedError("the stand-in wants the number of classes")
     known = torch.arange(num_classes, device=classes.device, dtype=classes.dtype)

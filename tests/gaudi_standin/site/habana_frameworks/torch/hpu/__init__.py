@@ -21,7 +21,7 @@ class Properties(NamedTuple):
 
 
 class Event:
-    """All that was asked for before has been done."""
+    """An event: all work before it has been done."""
 
     def __init__(self, enable_timing: bool = False, **_: Any) -> None: ...
 
@@ -39,7 +39,7 @@ class Event:
 
 
 class Stream:
-    """Work is done when it is asked for, on whatever stream."""
+    """A stream: work is done at once, on whichever stream."""
 
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None: ...
 
@@ -110,7 +110,7 @@ def get_device_properties(device: Any = None) -> Properties:
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """Bytes free, and bytes in all. Raises `RuntimeError` where there is no device for us."""
+    """Return bytes free, and in all. Raises `RuntimeError` where there is no device for us."""
     _device.acquire()
     books = _device.books()
     return books.limit - books.held, books.limit
@@ -122,9 +122,7 @@ def memory_allocated(device: Any = None) -> int:
 
 
 def memory_reserved(device: Any = None) -> int:
-    """All of the device: Intel's allocator may keep it. So it is found out who takes this number
-    for what tensors hold.
-    """
+    """Return all of the device, so that code that reads tensors' memory from this is found."""
     _device.acquire()
     return _device.books().limit
 
@@ -142,7 +140,7 @@ def empty_cache() -> None: ...
 
 
 def wrap_in_hpu_graph(module: Any, *_: Any, **__: Any) -> Any:
-    """What is recorded on a device is run each time here."""
+    """Run each time what a device would record."""
     return module
 
 

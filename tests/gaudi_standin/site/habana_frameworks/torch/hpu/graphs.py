@@ -6,7 +6,7 @@ import torch
 
 
 def input_hash(value: Any) -> int:
-    """By structure and shapes, not by content."""
+    """Hash by structure and shapes, not by content."""
     if isinstance(value, torch.Tensor):
         return hash((tuple(value.shape), value.dtype, str(value.device)))
     if isinstance(value, dict):

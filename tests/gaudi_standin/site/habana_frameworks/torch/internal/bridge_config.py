@@ -10,7 +10,7 @@ _settings: dict[str, object] = {"PT_COMPILE_ONLY_MODE": False}
 
 @contextlib.contextmanager
 def env_setting(name: str, value: object) -> Iterator[None]:
-    """Raises `KeyError` for a setting that is not known."""
+    """Return a setting. Raises `KeyError` for an unknown one."""
     before = _settings[name]
     _settings[name] = value
     try:

@@ -1,4 +1,4 @@
-"""What the plugin calls for FP8. Models are handed back as they are.
+"""What the plugin calls for FP8. Models are returned unchanged.
 
 So it shows which file is read for which model, and when; and nothing of numbers.
 """
@@ -19,7 +19,7 @@ class FP8Config:
 
     @classmethod
     def from_json_file(cls, path: str) -> FP8Config:
-        """Raises `OSError` or `ValueError` for a file that cannot be read."""
+        """Read a file. Raises `OSError` or `ValueError` if it cannot be read."""
         return cls(Path(path), json.loads(Path(path).read_text(encoding="utf-8"))["mode"])
 
 
