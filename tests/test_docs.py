@@ -120,11 +120,11 @@ def test_the_table_of_steps_is_the_one_of_the_code() -> None:
     assert all(Step.FAIL in TRANSITIONS[state] for state in Residency if state != "failed")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guides/gaudi.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/install.md", "docs/guides/gaudi.md"])
 def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(
     tmp_path: Path, name: str
 ) -> None:
-    """It is accepted as it stands, and the one of the guide for Gaudi."""
+    """It is accepted as it stands, in short in the README, in full in the pages for installing."""
     example = re.search(r"```yaml\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert example is not None
     path = tmp_path / "models.yaml"
@@ -149,7 +149,7 @@ def curl_lines(text: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-@pytest.mark.parametrize(("path", "count"), [("README.md", 1), ("docs/guides/gaudi.md", 4)])
+@pytest.mark.parametrize(("path", "count"), [("README.md", 2), ("docs/guides/gaudi.md", 4)])
 def test_calls_in_the_pages_work_as_they_are(path: str, count: int) -> None:
     """With another address alone."""
     lines = curl_lines((ROOT / path).read_text())
