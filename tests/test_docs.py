@@ -41,6 +41,19 @@ def test_every_error_that_a_client_may_get_is_in_the_table(
     assert f"| {kind.status} `{kind.code}` |" in page("http-api.md")
 
 
+def test_troubleshooting_names_errors_and_events_that_exist() -> None:
+    """With their status; and the log's events as the code has them."""
+    text = page("guides/troubleshooting.md")
+    named = set(re.findall(r"\b(\d{3}) `(\w+)`", text))
+    events = set(re.findall(r"`(event=\w+)`", text))
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+
+    assert len(named) > 20
+    assert named <= {(str(e.status), e.code) for e in subclasses(errors.HotswapError)}
+    assert events
+    assert {event for event in events if event not in code} == set()
+
+
 def test_the_table_of_errors_is_in_order() -> None:
     """By status, then by code."""
     rows = re.findall(r"^\| (\d{3}) `(\w+)` \|", page("http-api.md"), re.MULTILINE)
