@@ -52,7 +52,7 @@ demo: setup ## Serve the tiny models that ship with the package, switch, and sho
 serve: setup ## Serve the tiny models on PORT until Ctrl-C
 	$(BIN)/vllm-hotswap demo --serve --port $(PORT)
 
-test: test-fast test-on-vllm ## Run the tests, those on the real vLLM too; test-wide and test-long have the rest
+test: test-fast test-on-vllm ## Run the tests, those on the real vLLM too; test-wide and test-long run the rest
 
 test-fast: setup
 	$(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm and not wide and not long" --durations=15
@@ -60,17 +60,17 @@ test-fast: setup
 test-on-vllm: setup
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "vllm and not wide and not long" --durations=25
 
-test-wide: setup ## Run what varies settings, each on servers of its own; CI runs it, too
+test-wide: setup ## Run the tests of many settings, each on its own servers; CI runs them, too
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "wide and not long" --durations=25
 
-test-long: setup ## Run what goes deeper: long walks, ten times as many examples; for the night
+test-long: setup ## Run the long tests: long walks, ten times as many examples; for the night
 	TEST_DEPTH=10 $(BIN)/pytest -n $(FAST_WORKERS) --dist worksteal -m "not vllm" --timeout=1800
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "vllm and long" --timeout=1800
 
 test-vllm: setup ## Run all tests on another version of vLLM: make test-vllm VERSION=0.29.0
 	$(BIN)/pytest -m "not long" $(TESTS)
 
-check-vllm: setup ## Read another vLLM for every name that is used: make check-vllm VERSION=0.33.0
+check-vllm: setup ## Check that another vLLM has every name that is used: make check-vllm VERSION=0.33.0
 	$(BIN)/python -m tools.vllm_seams $(VERSION)
 
 # It has an environment of its own; ENVIRONMENT names one that is there, TESTS some of its files.
@@ -93,45 +93,45 @@ lint: setup ## Check style and formatting
 types: setup ## Check types
 	$(BIN)/mypy
 
-format: setup ## Put the code into its standard form
+format: setup ## Format the code
 	$(BIN)/ruff check --fix --select I
 	$(BIN)/ruff format
 
 bench: setup ## Measure switches and throughput; results go to bench-results
 	$(BIN)/python -m benchmarks --out bench-results
 
-bench-residency: setup ## Measure switches from every residency, memory and drift; the same place
+bench-residency: setup ## Measure switches from every residency, memory and drift; results as above
 	$(BIN)/python -m benchmarks.residency --out bench-results
 
-bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over the load; the same place
+bench-scheduling: setup ## Simulate the policies: decisions, memory, waits over the load; results as above
 	$(BIN)/python -m benchmarks.scheduling --out bench-results
 
-bench-auto: setup ## Measure the mode auto under two policies, and the simulator beside it
+bench-auto: setup ## Measure the mode auto under two policies, and compare it with the simulator
 	$(BIN)/python -m benchmarks.auto --out bench-results
 
-bench-floods: setup ## Flood a server in every way, and see how long others wait; 50 minutes
+bench-floods: setup ## Flood a server in every way, and measure how long other users wait; 50 minutes
 	$(BIN)/python -m benchmarks.floods --out bench-results
 
 soak: setup ## Switch and kill a server under load for 15 minutes; every request is accounted for
 	$(BIN)/python -m benchmarks.soak --out bench-results
 
 # Not after setup, which brings vLLM's build for the CPU: PYTHON is one with the build for CUDA.
-check-gpu: ## See that it works on this machine's NVIDIA GPU, and how fast: make check-gpu PYTHON=... ARGS=...
+check-gpu: ## Check that it works on this machine's NVIDIA GPU, and how fast: make check-gpu PYTHON=... ARGS=...
 	PYTHONPATH=src:. "$(PYTHON)" -m tools.gpu.check $(ARGS)
 
 # PYTHON is one with vLLM 0.26 and the Gaudi plugin; what its own variable of folders has stays.
-check-gaudi: ## See that it works on this machine's Gaudi: make check-gaudi PYTHON=... RESULTS=FILE ARGS=...
+check-gaudi: ## Check that it works on this machine's Gaudi: make check-gaudi PYTHON=... RESULTS=FILE ARGS=...
 	PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m tools.gaudi.check "$(RESULTS)" $(ARGS)
 
-reference: setup ## Make the reference page and the JSON schema anew
+reference: setup ## Generate the reference page and the JSON schema
 	$(BIN)/python -m tools.reference --write .
 
 # Not after setup, which refuses a line whose version has changed and whose hashes have not.
-hashes: ## Write the hashes of the pinned files anew, after a change in requirements/
+hashes: ## Rewrite the hashes of the pinned files, after a change in requirements/
 	@test -x $(BIN)/python || $(MAKE) setup
 	$(BIN)/python -m tools.hash_requirements
 
-audit: setup ## Tell known vulnerabilities of the pinned versions; OFFLINE=1: as they were recorded; STRICT=1: fail on versions not looked up
+audit: setup ## List known vulnerabilities of the pinned versions; OFFLINE=1: use only the record; STRICT=1: fail on versions not looked up
 	$(BIN)/python -m tools.audit $(if $(OFFLINE),--offline) $(if $(STRICT),--strict)
 
 audit-record: setup ## Record the known vulnerabilities of the pinned versions as of today

@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bodies",
-        description="How long other requests wait while a large body is processed.",
+        description="Measure how long other requests wait while a large body is processed.",
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder")
     parser.add_argument("--quick", action="store_true", help="a small run, as a test")

@@ -267,12 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description="Compare this version of the server with another one, in turn, on the tiny "
-        "models. Nothing else should run meanwhile.",
+        "models. Do not run anything else at the same time.",
     )
     add = parser.add_argument
     add("--before", type=Path, required=True, metavar="SRC", help="the other checkout's src folder")
     add("--out", type=Path, default=Path("bench-results"), help="folder for compare.json and logs")
-    add("--rounds", type=int, help=f"turns of each (default: {FULL.rounds}, quick {QUICK.rounds})")
+    add("--rounds", type=int, help=f"rounds (default: {FULL.rounds}, quick {QUICK.rounds})")
     add("--quick", action="store_true", help="small loads, to see that everything works")
     add("--fake", action="store_true", help="servers on fake engines, without vLLM")
     args = parser.parse_args(arguments)

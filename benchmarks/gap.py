@@ -155,7 +155,7 @@ async def _streams(
     try:
         while sum(1 for reply in replies if reply.arrivals) < RUNNING:
             if any(task.done() for task in tasks):
-                raise BadAnswer("streams ended before all of them ran")
+                raise BadAnswer("a stream ended before all of them were running")
             await asyncio.sleep(POLL_S)
         yield replies
         await asyncio.gather(*tasks)

@@ -221,11 +221,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.heads",
-        description="What the bounds of heads and connections cost.",
+        description="Measure the cost of the limits of heads and connections.",
     )
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder")
-    parser.add_argument("--rounds", type=int, default=40, help="turns of each server")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one turn")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds of each server")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds of one round")
     args = parser.parse_args(arguments)
     if args.rounds < 1 or args.seconds <= 0:
         parser.error("--rounds and --seconds must be above 0")

@@ -196,16 +196,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loop",
-        description="How long others wait while one large request is answered.",
+        description="Measure how long other requests wait while one large request is answered.",
     )
     parser.add_argument(
         "--side", action="append", required=True, metavar="NAME=URL", help="a server; repeatable"
     )
     parser.add_argument("--generates", default="llama", help="alias of a model that generates")
     parser.add_argument("--embeds", default="embed", help="alias of a model that embeds")
-    parser.add_argument("--things", type=int, default=THINGS, help="in each call")
+    parser.add_argument(
+        "--things", type=int, default=THINGS, help="prompts, choices or items in each request"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--case", action="append", choices=CASES, help="only this; repeatable")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this case; repeatable")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder")
     args = parser.parse_args(arguments)
     sides = dict(side.partition("=")[::2] for side in args.side)

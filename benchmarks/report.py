@@ -96,7 +96,7 @@ def _bar_table(part: Part) -> Table:
         )
         for bar in part.bars
     )
-    return Table(f"{part.name}: bars", ("bar", "measured", "wanted", ""), rows)
+    return Table(f"{part.name}: targets", ("target", "measured", "wanted", ""), rows)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], is_text: bool) -> str:

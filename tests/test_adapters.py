@@ -102,15 +102,18 @@ def no_matrix(folder: Path) -> None:
     [
         (no_config, "has no adapter_config.json"),
         (broken_config, "adapter_config.json is not valid JSON"),
-        (other_method, "not that of a LoRA adapter"),
+        (other_method, "does not describe a LoRA adapter"),
         (no_rank, "has no rank `r` above 0"),
         (no_weights, "has none of adapter_model.safetensors"),
         (truncated, "is truncated"),
         (lower_rank_in_config, "has rank 8, adapter_config.json says 4"),
-        (more_inputs, r"has the shape \(4, 65\), and its layer in the base model \(128, 64\)"),
-        (fewer_outputs, r"has the shape \(127, 4\), and its layer in the base model \(128, 64\)"),
-        (more_layers, "weights for layer 1, and its base model's layers end with 0"),
-        (no_matrix, "which is not that of a matrix"),
+        (more_inputs, r"has the shape \(4, 65\), but its layer in the base model has \(128, 64\)"),
+        (
+            fewer_outputs,
+            r"has the shape \(127, 4\), but its layer in the base model has \(128, 64\)",
+        ),
+        (more_layers, "weights for layer 1, but the last layer of its base model is 0"),
+        (no_matrix, "so it is not a matrix"),
     ],
 )
 def test_what_cannot_be_served_is_refused_without_its_path(

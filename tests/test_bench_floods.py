@@ -108,7 +108,7 @@ def test_a_flood_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         floods.parse(["--only", "wrong keys,frogs"])
 
-    assert "unknown flood frogs; there are: nobody" in capsys.readouterr().err
+    assert "unknown flood frogs; known: nobody" in capsys.readouterr().err
 
 
 async def test_an_attacker_that_ends_is_not_waited_for() -> None:

@@ -336,7 +336,7 @@ def test_all_parts_can_be_written(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "new" / "residency.json").read_text())
 
     assert 24 == len(content["parts"]["switch"]["samples"]["switches"])
-    assert "### switch: bars" in markdown({"cpu": "EPYC"}, [part])
+    assert "### switch: targets" in markdown({"cpu": "EPYC"}, [part])
 
 
 # --- plot -------------------------------------------------------------------------------

@@ -401,7 +401,9 @@ def test_budget_beyond_what_is_free_is_refused() -> None:
     """It is refused with what can be used: free memory, and what the host itself holds."""
     assert 80 * GIB == resolve_budget(MemoryBudget(82 * GIB), MACHINE, 0, 0.9).device
 
-    with pytest.raises(ConfigError, match=r"memory.device is 83.00 GiB, but of 100.00 GiB only 82"):
+    with pytest.raises(
+        ConfigError, match=r"memory.device is 83.00 GiB, but only 82.00 GiB of 100.00 GiB"
+    ):
         resolve_budget(MemoryBudget(83 * GIB), MACHINE, 0, 0.9)
 
 
@@ -435,8 +437,8 @@ def test_a_full_device_says_who_holds_it() -> None:
 
     with pytest.raises(
         ConfigError,
-        match=r"of the device's 80.00 GiB other processes hold 77.00 GiB, the engine host itself "
-        r"1.00 GiB, and 2.00 GiB are kept free .*; stop what else uses the device",
+        match=r"of the device's 80.00 GiB, other processes hold 77.00 GiB, the engine host itself "
+        r"holds 1.00 GiB, and 2.00 GiB are kept free .*; stop the other processes",
     ):
         resolve_budget(MemoryBudget(), device, 0, 1.0)
 

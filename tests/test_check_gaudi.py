@@ -412,7 +412,7 @@ def test_a_package_that_is_not_the_clones_is_wrong(
 
     (fault,) = facts.facts()["wrong"]
 
-    assert fault.endswith("it is not the clone's; install the clone anew: pip install .")
+    assert fault.endswith("which is not the clone's; reinstall the clone: pip install .")
 
 
 def test_another_package_is_told_from_the_clones(tmp_path: Path) -> None:
@@ -454,9 +454,9 @@ def test_which_number_follows_memory_that_comes_and_goes(monkeypatch: pytest.Mon
     }
     assert [] == kept["wrong"]
     assert [
-        "torch.hpu.mem_get_info does not tell that 256 MiB come and go",
+        "torch.hpu.mem_get_info does not show that 256 MiB come and go",
         (
-            "torch.hpu.memory_allocated does not tell that 256 MiB come and go, so whether weights "
+            "torch.hpu.memory_allocated does not show that 256 MiB come and go, so whether weights "
             "leave the device is not judged"
         ),
     ] == absent["wrong"]
@@ -526,7 +526,7 @@ def test_results_of_an_earlier_run_are_kept(
 
     assert "an hour's results" == path.read_text()
     told = capsys.readouterr().err
-    assert told.startswith(f"check-gaudi: error: {path} is there already, ")
+    assert told.startswith(f"check-gaudi: error: {path} already exists, ")
     assert 1 == told.count("\n")
 
 
@@ -623,7 +623,7 @@ def test_too_few_cycles_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Too few cycles are refused, because they could not show growth."""
     with pytest.raises(SystemExit):
         program.main(["out.jsonl", "--cycles", "5"])
-    assert "--cycles is at least 6" in capsys.readouterr().err
+    assert "--cycles must be at least 6" in capsys.readouterr().err
 
 
 def test_an_interrupted_check_says_what_there_is(
@@ -641,7 +641,7 @@ def test_an_interrupted_check_says_what_there_is(
 
     assert 130 == program.main([str(tmp_path / "out.jsonl")])
 
-    assert "has what was done" in capsys.readouterr().err
+    assert "has the results so far" in capsys.readouterr().err
     assert 3 == len((tmp_path / "out.jsonl").read_text().splitlines())
 
 
@@ -1043,7 +1043,7 @@ def test_a_start_that_has_to_be_refused_is_judged_by_what_it_says(tmp_path: Path
 def test_a_start_that_fails_otherwise_is_no_refusal(code: str, status: int, tmp_path: Path) -> None:
     """A start with another error is not a refusal, even if its log has the variable."""
     (fault,) = refusal_of(code, tmp_path)["wrong"]
-    assert fault.startswith("it is not refused for what QUANT_CONFIG names: the server does not ")
+    assert fault.startswith("it is not refused because of QUANT_CONFIG: the server does not ")
     assert f"ended with status {status}; " in fault
 
 
@@ -1051,7 +1051,7 @@ def test_a_start_that_is_not_refused_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A start that serves, or hangs with the variable in its log, is not taken for a refusal."""
-    assert ["a server is started, though QUANT_CONFIG names no file"] == program.refusal(
+    assert ["a server starts, although QUANT_CONFIG does not name a file"] == program.refusal(
         FakeServer()  # type: ignore[arg-type]  # has all that is asked
     )["wrong"]
     monkeypatch.setattr("tools.gaudi.server.START_LIMIT_S", 1)
@@ -1304,7 +1304,7 @@ def test_what_is_no_number_is_seen(value: float | None, places: slice, step: int
     (fault,) = compare(right, from_completion(told), EXPECTED_TOLERANCE).wrong
 
     assert fault.startswith(f"step {step}: the logarithmic probability of token ")
-    assert fault.endswith(" is no number")
+    assert fault.endswith(" is not a number")
 
 
 def test_the_file_is_json_whatever_is_measured(tmp_path: Path) -> None:
@@ -1328,7 +1328,7 @@ def test_of_tokens_that_are_tied_either_may_be_said() -> None:
 
     assert ([], 1) == (found.wrong, found.steps)
     (note,) = program.compared([tied], [other], 0.5)["notes"]
-    assert note.startswith("prompt 0: step 0: tokens 2 and 1 are too near to each other to tell ")
+    assert note.startswith("prompt 0: step 0: tokens 2 and 1 are too near to each other to decide ")
     assert ["step 0: token 2 was chosen, not 1"] == compare(
         answer(SURE), answer((SURE[1], SURE[0], SURE[2])), 0.5
     ).wrong
@@ -1336,13 +1336,17 @@ def test_of_tokens_that_are_tied_either_may_be_said() -> None:
 
 
 def test_an_answer_that_ends_early_is_seen() -> None:
-    assert ["1 tokens were said, not 2"] == compare(answer(SURE, SURE), answer(SURE), 0.5).wrong
+    assert ["1 tokens were generated, not 2"] == compare(
+        answer(SURE, SURE), answer(SURE), 0.5
+    ).wrong
 
 
 def test_an_answer_that_ends_early_after_a_tie_is_seen() -> None:
     """An answer after a tie must have the same length, whatever its tokens are."""
     tied = answer(((1, -0.7), (2, -0.8)), SURE, SURE)
-    assert ["1 tokens were said, not 3"] == compare(tied, answer(((2, -0.7), (1, -0.8))), 0.5).wrong
+    assert ["1 tokens were generated, not 3"] == compare(
+        tied, answer(((2, -0.7), (1, -0.8))), 0.5
+    ).wrong
 
 
 def test_an_answer_is_read_from_a_completion() -> None:
@@ -1385,14 +1389,14 @@ def test_a_token_that_is_said_and_is_not_among_the_likeliest_is_seen(
 def test_a_token_that_is_said_and_has_no_probability_is_seen() -> None:
     """A chosen token without a probability is found, and not mistaken for another one."""
     choice = {"token_ids": [7], "logprobs": {"top_logprobs": [{"token_id:1": -0.1}]}}
-    with pytest.raises(ValueError, match="token 7 was said, and no probability of it is told"):
+    with pytest.raises(ValueError, match="token 7 was generated, but its probability is missing"):
         from_completion(choice)
 
 
 def test_a_token_that_the_device_itself_finds_unlikely_is_seen() -> None:
     """The device's own probabilities decide where the expected tokens are too close."""
     tied = answer(((1, -0.7), (2, -0.8)))
-    assert ["step 0: token 9 was chosen, which has -25.000, and token 1 has -0.700"] == compare(
+    assert ["step 0: token 9 was chosen, which has -25.000, but token 1 has -0.700"] == compare(
         tied, answer(((9, -25.0), (1, -0.7), (2, -0.8))), 0.5
     ).wrong
 
@@ -1429,10 +1433,10 @@ def test_a_model_that_gives_nothing_back_is_seen(way: str) -> None:
     """A model that releases nothing is found, whatever the server reports."""
     faults = cycle_faults(replace(WELL[way], away=seen(2 * HELD, 0, 2 * MIB * (way == "asleep"))))
     assert [
-        "0.0 MiB of the device were given back, and the model's KV memory alone is 64.0 MiB",
+        "0.0 MiB of the device were given back, but the model's KV memory alone is 64.0 MiB",
         "the server says that 66.0 MiB were given back; it was 0.0 MiB",
         (
-            "tensors of 0.0 MiB have left the device, and the model's KV memory and weights are "
+            "tensors of 0.0 MiB have left the device, but the model's KV memory and weights are "
             "66.0 MiB"
         ),
     ] == faults
@@ -1444,7 +1448,7 @@ def test_a_model_that_keeps_its_weights_is_seen(way: str) -> None:
     away = seen(HELD + WEIGHTS, 0, WEIGHTS * (way == "asleep"))
     assert [
         (
-            "tensors of 64.0 MiB have left the device, and the model's KV memory and weights are "
+            "tensors of 64.0 MiB have left the device, but the model's KV memory and weights are "
             "66.0 MiB"
         )
     ] == cycle_faults(replace(WELL[way], away=away))
@@ -1512,7 +1516,7 @@ def test_a_sleeping_models_weights_are_in_host_memory(host: int, is_seen: bool) 
     """All weights of a sleeping model are in host memory."""
     cycle = replace(WELL["asleep"], away=seen(HELD, 0, host))
     fault = (
-        f"the server says that {host / MIB:.1f} MiB are in host memory, and the model's weights "
+        f"the server says that {host / MIB:.1f} MiB are in host memory, but the model's weights "
         "are 2.0 MiB"
     )
     assert ([fault] if is_seen else []) == cycle_faults(cycle)
@@ -1523,17 +1527,17 @@ def test_a_server_that_counts_wrongly_is_seen() -> None:
     asleep, cold = WELL["asleep"], WELL["cold"]
     assert [
         "the server says that 0.0 MiB were given back; it was 66.0 MiB",
-        "the server says that 0.0 MiB are in host memory, and the model's weights are 2.0 MiB",
+        "the server says that 0.0 MiB are in host memory, but the model's weights are 2.0 MiB",
     ] == cycle_faults(replace(asleep, away=seen(HELD)))
     assert ["the server says that an unloaded model holds memory"] == cycle_faults(
         replace(cold, away=seen(HELD, 1))
     )
-    assert ["the server says that the model holds other memory than before"] == cycle_faults(
-        replace(cold, after=seen(2 * HELD, HELD + 9 * MIB))
-    )
-    assert ["the server says that the model holds other memory than before"] == cycle_faults(
-        replace(cold, after=seen(2 * HELD, HELD, 1))
-    )
+    assert [
+        "the server says that the model holds a different amount of memory than before"
+    ] == cycle_faults(replace(cold, after=seen(2 * HELD, HELD + 9 * MIB)))
+    assert [
+        "the server says that the model holds a different amount of memory than before"
+    ] == cycle_faults(replace(cold, after=seen(2 * HELD, HELD, 1)))
     assert [] == cycle_faults(replace(cold, after=seen(2 * HELD, HELD + 7 * MIB)))
 
 
@@ -1558,9 +1562,9 @@ def test_a_model_that_comes_back_larger_is_seen() -> None:
     more, less = seen(2 * HELD + SLACK_BYTES + MIB), seen(2 * HELD - SLACK_BYTES - MIB)
     larger, smaller = (replace(WELL["cold"], after=after) for after in (more, less))
 
-    assert ["9.0 MiB more of the device are in use than before"] == cycle_faults(larger)
+    assert ["9.0 MiB more of the device is in use than before"] == cycle_faults(larger)
     assert [] == notes(larger) == cycle_faults(smaller)
-    assert ["9.0 MiB less of the device are in use than before"] == notes(smaller)
+    assert ["9.0 MiB less of the device is in use than before"] == notes(smaller)
 
 
 class Recorded(Server):
@@ -1735,7 +1739,7 @@ def test_what_processes_hold_is_what_the_system_tells(tmp_path: Path) -> None:
 
 def test_cycles_that_failed_are_not_passed_over() -> None:
     """Failed cycles count: growth over fewer cycles than requested is not a result."""
-    assert {"wrong": ["2 of 8 cycles have failed"]} == grown(cycles([AWAKE] * 6), 8)
+    assert {"wrong": ["2 of 8 cycles failed"]} == grown(cycles([AWAKE] * 6), 8)
 
 
 # --- a whole run ---------------------------------------------------------------------------------
@@ -1795,10 +1799,10 @@ NO_LEVEL_2 = (
             400,
             '{"message": "model \'qwen\' is not loaded"}',
             "parked",
-            "refused for something else",
+            "refused for another reason",
         ),
         (503, NO_LEVEL_2, "parked", "a sleep of level 2 is not refused"),
-        (400, NO_LEVEL_2, "asleep", "is to change nothing; qwen is asleep"),
+        (400, NO_LEVEL_2, "asleep", "must change nothing, but qwen is asleep"),
     ],
 )
 def test_only_our_own_refusal_of_level_2_is_one(
@@ -1970,9 +1974,9 @@ def test_answers_of_each_cycle_are_compared_with_the_expected_and_the_first(tmp_
 
     assert [] == ran(Drifting(0.2, 0.4), path)
     assert 60 == len(ran(Drifting(0.4, 0.6), path))
-    assert "otherwise than before" not in path.read_text()
+    assert "different than before" not in path.read_text()
     assert 60 == len(ran(Drifting(-0.2, 0.2), path))
-    assert 60 == path.read_text().count('["otherwise than before: prompt 0: step 0: token ')
+    assert 60 == path.read_text().count('["different than before: prompt 0: step 0: token ')
 
 
 def test_a_server_that_has_died_is_not_asked_on_and_on(tmp_path: Path) -> None:

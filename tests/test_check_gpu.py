@@ -66,7 +66,7 @@ def test_a_device_that_cannot_be_used_is_told_of_in_one_line() -> None:
     assert "cannot map memory" in refusal({}, FakeCuda(can_map=False))
     assert "unset it, or name one" in refusal({"CUDA_VISIBLE_DEVICES": ""})
     settings = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    assert "take expandable_segments out of it" in refusal(settings)
+    assert "remove expandable_segments from it" in refusal(settings)
 
 
 def test_the_command_ends_with_two_where_there_is_no_driver(
@@ -86,7 +86,7 @@ def test_the_command_ends_with_two_where_there_is_no_driver(
 def test_a_device_that_another_process_has_filled_is_refused() -> None:
     """A device that another process has filled is refused with what is free and what is needed."""
     check_free(NEEDED_BYTES)
-    with pytest.raises(Unusable, match=r"only 1\.5 GiB of the GPU's memory are free, and the tiny"):
+    with pytest.raises(Unusable, match=r"only 1\.5 GiB of the GPU's memory are free, but the tiny"):
         check_free(3 * GIB // 2)
 
 
@@ -99,7 +99,7 @@ def test_a_divided_device_that_is_full_is_told_by_a_context(tmp_path: Path) -> N
     enough, full = [row for row in results.rows() if row.key == "free"]
     assert (True, "") == (enough.right, enough.note)
     assert (False, 2048) == (full.right, full.value)
-    assert full.note.startswith("end what uses the GPU, or name another one")
+    assert full.note.startswith("stop what uses the GPU, or name another one")
 
 
 def test_a_python_without_a_build_for_cuda_is_refused() -> None:
@@ -195,7 +195,7 @@ def test_a_python_without_what_is_needed_is_told(
 def test_phases_run_in_the_order_of_importance() -> None:
     """Phases run in the order of importance, whatever order is requested."""
     assert ["facts", "tiny", "stock"] == [p.name for p in chosen(["stock", "facts", "tiny"])]
-    with pytest.raises(ValueError, match="tony: no such phase; there are facts, kernels,"):
+    with pytest.raises(ValueError, match="unknown phase: tony; known: facts, kernels,"):
         chosen(["tony"])
 
 
@@ -277,8 +277,8 @@ def test_a_phase_that_fails_does_not_stop_the_others(
 @pytest.mark.parametrize(
     ("options", "limit_s", "status", "key", "state"),
     [
-        ((), 4, runner.WRONG, "failed", "it was not done in 4 s; hangs.log has its log"),
-        (("--budget-s", str(END_S + 4)), 60, 0, "cut", "cut: the time was over after 4 s"),
+        ((), 4, runner.WRONG, "failed", "it was not finished within 4 s; hangs.log has its log"),
+        (("--budget-s", str(END_S + 4)), 60, 0, "cut", "cut: out of time after 4 s"),
     ],
 )
 def test_a_phase_that_is_not_done_in_time_is_ended_and_its_programs_with_it(
@@ -309,7 +309,7 @@ def test_a_phase_that_is_not_done_in_time_is_ended_and_its_programs_with_it(
     assert ["a", "b", key] == [row["key"] for row in told["results"]]
     assert not Path(f"/proc/{told['results'][0]['value']}").exists()
     assert state == told["phases"][0]["state"]
-    late = "not begun: it takes 1 s at least" if options else "done"
+    late = "not started: it takes at least 1 s" if options else "done"
     assert late == told["phases"][1]["state"]
 
 
@@ -320,7 +320,7 @@ def test_a_budget_that_is_too_short_for_anything_is_refused(
     status = run(monkeypatch, tmp_path, {"works": "pass"}, "--budget-s", "20")
 
     assert check.UNUSABLE == status
-    assert "--budget-s 20 is too short for anything: works takes 1 s" in capsys.readouterr().err
+    assert "--budget-s 20 is too short: works takes 1 s" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -743,7 +743,7 @@ async def test_a_story_that_runs_out_of_time_says_what_is_missing(
 
     assert before == len(client.calls)
     notes = [row.note for row in results.rows() if row.key in ("parked", "asleep.a", "cold")]
-    assert [f"0 of {n}: the time was over" for n in (50, 20, 10)] == notes
+    assert [f"0 of {n}: out of time" for n in (50, 20, 10)] == notes
     assert [] == [row for row in results.rows() if row.right is False]
 
 
@@ -914,10 +914,10 @@ def test_parts_that_are_missing_or_broken_are_told(
 
     first.write_bytes(whole[:-1])
     assert 1 == unpack.main(arguments)
-    assert "part.00 is not as it was packed; bring it again" in capsys.readouterr().err
+    assert "part.00 differs from what was packed; copy it again" in capsys.readouterr().err
     first.unlink()
     assert 1 == unpack.main(arguments)
-    assert f"part.00 is missing; bring it to {parts}" in capsys.readouterr().err
+    assert f"part.00 is missing; copy it to {parts}" in capsys.readouterr().err
     assert not to.exists()
 
     first.write_bytes(whole)
@@ -933,7 +933,7 @@ def test_a_wheel_that_names_a_place_outside_is_refused(
     with pytest.raises(pack.PackError, match="a place outside"):
         pack.install(wheel, tmp_path / "site", pack.Options())
     wheel.write_bytes(b"no archive")
-    with pytest.raises(pack.PackError, match=r"bad-1\.0-py3-none-any\.whl is no wheel"):
+    with pytest.raises(pack.PackError, match=r"bad-1\.0-py3-none-any\.whl is not a wheel"):
         pack.install(wheel, tmp_path / "site", pack.Options())
 
 

@@ -279,7 +279,7 @@ def test_architectures_that_are_no_names_are_named(tmp_path: Path, value: str) -
         check_description(tmp_path)
 
     assert caught.value.message == (
-        f"the file {str(tmp_path / 'config.json')!r} is wrong: "
+        f"the file {str(tmp_path / 'config.json')!r} is invalid: "
         "`architectures` must be a list of names"
     )
 

@@ -225,7 +225,7 @@ def test_a_file_in_another_encoding_is_told_with_what_to_do(tmp_path: Path, enco
         ("models: [", "is not valid YAML: expected the node content, but found"),
         ("a: 1\na: 2", "key 'a' is given twice"),
         ("models: {a: {model: x, seed: 1, seed: 2}}", "key 'seed' is given twice"),
-        ("? [a]\n: 1", "found unhashable key"),
+        ("? [a]\n: 1", "a key must be a scalar"),
         ("models: !!python/name:os.system x", "could not determine a constructor"),
     ],
 )
@@ -835,7 +835,7 @@ def test_keys_that_are_not_indented_are_told_what_to_do(refusal: Callable[[str],
     message = refusal("models:\n  gemma:\n  model: ./gemma\n  seed: 1\n  other: {model: x}")
 
     assert message.endswith(
-        "models.yaml:2: models.gemma is empty, and `model` and `seed` stand beside it; indent "
+        "models.yaml:2: models.gemma is empty, and `model` and `seed` are beside it; indent "
         "`model` and `seed` below gemma"
     )
 

@@ -29,12 +29,12 @@ GIB = 1 << 30
         (
             FakeCuda(init_code=100),
             {},
-            "there is no GPU: the NVIDIA driver sees 0; see nvidia-smi",
+            "there is no GPU: the NVIDIA driver sees 0; run nvidia-smi",
         ),
         (
             FakeCuda(devices=0),
             {},
-            "see nvidia-smi, which also shows whether MIG is on without an instance",
+            "run nvidia-smi, which also shows whether MIG is on without an instance",
         ),
         (
             FakeCuda(devices=0),
@@ -44,17 +44,17 @@ GIB = 1 << 30
         (
             FakeCuda(init_code=803),
             {},
-            "the NVIDIA driver cannot be used: fake error 803 (CUDA error 803); see what nvidia",
+            "the NVIDIA driver cannot be used: fake error 803 (CUDA error 803); run nvidia-smi for",
         ),
         (
             FakeCuda(can_map=False),
             {},
-            "GPU 0 or its driver cannot map memory (CUDA virtual memory management), by which",
+            "GPU 0 or its driver cannot map memory (CUDA virtual memory management), which sleep",
         ),
         (
             FakeCuda(),
             {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-            "do not work with expandable segments; take expandable_segments out of it",
+            "do not work with expandable segments; remove expandable_segments from it",
         ),
     ],
 )

@@ -468,7 +468,9 @@ def test_a_slice_leaves_others_what_they_need() -> None:
     # A step waits for the slice, and the query takes time: once per slice, not once per chunk.
     assert (3, 1) == (cuda.calls.count("cuMemCreate"), cuda.calls.count("cuMemGetInfo_v2"))
 
-    with pytest.raises(NoRoom, match=r"1.0 MiB are free, 0.6 MiB of them for .* still asleep"):
+    with pytest.raises(
+        NoRoom, match=r"1.0 MiB are free, 0.6 MiB of them reserved for .* still asleep"
+    ):
         one.memory.wake_some(6 * STEP, spare_bytes=10 * STEP)
 
     assert one.memory.is_asleep

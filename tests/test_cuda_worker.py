@@ -534,7 +534,7 @@ def test_all_workers_of_a_model_wake_in_slices_or_none(monkeypatch: pytest.Monke
     assert WakeProgress(6 * STEP, 14 * STEP) == together.wake_some(ranks, 2 * STEP)
     assert [3 * STEP] * 2 == ranks.held
     ranks.cudas[0].others = 9 * STEP
-    with pytest.raises(NoRoom, match=r"1.0 MiB are free, 0.1 MiB of them for the model that is"):
+    with pytest.raises(NoRoom, match=r"1.0 MiB are free, 0.1 MiB of them reserved for the active"):
         together.wake_some(ranks, 4 * STEP)
     assert [0, 0] == ranks.held
 

@@ -282,7 +282,7 @@ def test_another_device_that_cannot_be_used_is_told_in_one_line(
 
     monkeypatch.setattr(devices, "accelerator_memory", acquire)
     monkeypatch.delenv("VLLM_HPU_MULTI_MODEL_CONFIG", raising=False)
-    with pytest.raises(ConfigError, match=r"^the device cannot be used: syn.*; see what"):
+    with pytest.raises(ConfigError, match=r"^the device cannot be used: syn.*; run the tools"):
         OwnSleepDevice().memory()
 
     with pytest.raises(ConfigError, match=r"failed\. more; run hl-smi"):

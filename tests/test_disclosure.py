@@ -33,7 +33,7 @@ def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None
     [
         'an admin can switch with POST /v1/models/switch {"model": "qwen"}',
         "unknown route: POST /some/where; see docs/http-api.md",
-        "name a model: /admin/plan?model=alias",
+        "the query parameter model is missing or empty; send /admin/plan?model=ALIAS",
         "unknown route: WEBSOCKET /a/b",
         "model 'org/llama' is not configured; configured: org/qwen, a/b",
         "401 from https://host.example/api/models/x",

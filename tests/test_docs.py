@@ -41,6 +41,19 @@ def test_every_error_that_a_client_may_get_is_in_the_table(
     assert f"| {kind.status} `{kind.code}` |" in page("http-api.md")
 
 
+def test_troubleshooting_names_errors_and_events_that_exist() -> None:
+    """Troubleshooting names error codes with their status, and events that the log has."""
+    text = page("guides/troubleshooting.md")
+    named = set(re.findall(r"\b(\d{3}) `(\w+)`", text))
+    events = set(re.findall(r"`(event=\w+)`", text))
+    code = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+
+    assert len(named) > 20
+    assert named <= {(str(e.status), e.code) for e in subclasses(errors.HotswapError)}
+    assert events
+    assert {event for event in events if event not in code} == set()
+
+
 def test_the_table_of_errors_is_in_order() -> None:
     """The table of errors is sorted by status, then by code."""
     rows = re.findall(r"^\| (\d{3}) `(\w+)` \|", page("http-api.md"), re.MULTILINE)
@@ -120,11 +133,11 @@ def test_the_table_of_steps_is_the_one_of_the_code() -> None:
     assert all(Step.FAIL in TRANSITIONS[state] for state in Residency if state != "failed")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guides/gaudi.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/install.md", "docs/guides/gaudi.md"])
 def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(
     tmp_path: Path, name: str
 ) -> None:
-    """The README's configuration, and the Gaudi guide's, are accepted as they stand."""
+    """The configuration on each of these pages is accepted as it stands."""
     example = re.search(r"```yaml\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
     assert example is not None
     path = tmp_path / "models.yaml"
@@ -149,7 +162,7 @@ def curl_lines(text: str) -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-@pytest.mark.parametrize(("path", "count"), [("README.md", 1), ("docs/guides/gaudi.md", 4)])
+@pytest.mark.parametrize(("path", "count"), [("README.md", 2), ("docs/guides/gaudi.md", 4)])
 def test_calls_in_the_pages_work_as_they_are(path: str, count: int) -> None:
     """Calls in the pages work, with only the address replaced."""
     lines = curl_lines((ROOT / path).read_text())

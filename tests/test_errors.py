@@ -92,7 +92,7 @@ def test_rates_are_those_of_a_key_or_of_all_without_one() -> None:
 def test_a_call_that_is_too_large_says_what_counts() -> None:
     """The message says what counts, and names the setting."""
     assert (
-        "this call needs more than 5 engine requests (prompts or items, times n); "
+        "this request needs more than 5 engine requests (prompts or items, times n); "
         "split it (limits.requests_per_call)"
     ) == CallTooLarge(5, "limits.requests_per_call").message
 

@@ -125,15 +125,15 @@ def test_a_configuration_of_quantisation_that_is_gone_is_refused(tmp_path: Path)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"mode: QUANTIZE", "which is not JSON that can be read: Expecting value: "),
-        (b"", "which is not JSON that can be read: Expecting value: "),
-        (b"\xff", "which is not JSON that can be read: 'utf-8' codec can't decode byte 0xff"),
-        (b"[" * 200_000, "which is not JSON that can be read: maximum recursion depth exceeded"),
-        (b"9" * 5000, "which is not JSON that can be read: Exceeds the limit"),
+        (b"mode: QUANTIZE", "which is not valid JSON: Expecting value: "),
+        (b"", "which is not valid JSON: Expecting value: "),
+        (b"\xff", "which is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b"[" * 200_000, "which is not valid JSON: maximum recursion depth exceeded"),
+        (b"9" * 5000, "which is not valid JSON: Exceeds the limit"),
         (b" " * (1 << 20) + b"{}", "which has more than 1 MiB; correct it"),
-        (b"[]", "which is JSON, but no object; correct it, as the plugin's page"),
-        (b"null", "which is JSON, but no object; "),
-        (b"NaN", "which is JSON, but no object; "),
+        (b"[]", "which is not a JSON object; correct it, as the plugin's page"),
+        (b"null", "which is not a JSON object; "),
+        (b"NaN", "which is not a JSON object; "),
     ],
 )
 def test_a_configuration_of_quantisation_that_says_nothing_is_refused(
@@ -159,14 +159,14 @@ def test_a_configuration_of_quantisation_that_is_no_file_is_refused(
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("{}", encoding="utf-8")
     file, said = {
-        "a folder": (str(tmp_path), "which is no file that can be read"),
-        "a pipe": (str(tmp_path / "pipe"), "which is no file that can be read"),
+        "a folder": (str(tmp_path), "which is not a regular file"),
+        "a pipe": (str(tmp_path / "pipe"), "which is not a regular file"),
         "a loop": (
             str(tmp_path / "loop"),
             "which cannot be read: Too many levels of symbolic links",
         ),
         "a long name": (str(tmp_path / ("a" * 300)), "which cannot be read: File name too long"),
-        "nothing": ("", "which names no file"),
+        "nothing": ("", "which does not name a file"),
         "below": (str(tmp_path / "file/x.json"), "and there is no such file"),
     }[what]
 
@@ -297,8 +297,8 @@ def test_a_plugin_whose_metadata_cannot_be_read_is_refused(
         (information / "METADATA").write_bytes(content)
     monkeypatch.syspath_prepend(tmp_path)
     said = (
-        f"the metadata of vllm-gaudi in {sys.prefix} cannot be read, as after an installation that "
-        "was cut off; install it anew"
+        f"the metadata of vllm-gaudi in {sys.prefix} cannot be read, perhaps after an interrupted "
+        "installation; reinstall it"
     )
 
     with pytest.raises(ConfigError) as refused:
@@ -386,7 +386,7 @@ def test_a_plugin_that_vllm_is_not_to_load_is_told(
 
     assert _reason(NO_DEVICE) == (
         f"{NO_DEVICE}; for a Gaudi: VLLM_PLUGINS is {plugins!r}, which does not name hpu (without "
-        "spaces, in small letters); unset it, or add that"
+        "spaces, in lower case); unset it, or add that"
     )
 
 

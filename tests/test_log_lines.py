@@ -120,7 +120,7 @@ async def test_a_proxy_on_loopback_that_is_not_trusted_is_told_of_once(
 
     told = [n for n in lines.getvalue().splitlines() if "event=forwarded_ignored" in n]
     assert expected == len(told)
-    assert all(n.endswith("name it with --forwarded-allow-ips") for n in told)
+    assert all(n.endswith("name the proxy with --forwarded-allow-ips") for n in told)
     assert all(LINE.fullmatch(n) for n in told)
 
 

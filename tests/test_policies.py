@@ -314,5 +314,5 @@ def test_a_package_may_add_a_policy() -> None:
 @pytest.mark.usefixtures("installed")
 def test_a_policy_that_cannot_be_made_is_told_in_one_line() -> None:
     """A policy that cannot be made is reported in one line, with its cause."""
-    with pytest.raises(ConfigError, match="'broken' cannot be made: no licence found"):
+    with pytest.raises(ConfigError, match="'broken' cannot be created: no licence found"):
         make_policy("broken", PLAIN)

@@ -96,7 +96,7 @@ def test_parts_that_pass_are_counted_in_the_results(
         {"what": "part", "name": "one", **ALL_WELL},
         {"what": "part", "name": "two", **ALL_WELL},
     ]
-    assert "rehearsal: all went well; " in capfd.readouterr().out
+    assert "rehearsal: all parts passed; " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_part_without_an_end_is_ended(tmp_path: Path, capfd: pytest.CaptureFix
     status, lines = run(tmp_path, one)
 
     assert (1, 0, 2) == (status, lines[1]["passed"], lines[1]["status"])
-    assert "rehearsal: one: no end within 5 s" in capfd.readouterr().err
+    assert "rehearsal: one: not finished within 5 s" in capfd.readouterr().err
     assert (tmp_path / "cleaned").exists()
     assert not started(tmp_path)
 
@@ -185,7 +185,7 @@ def test_a_rehearsal_that_is_ended_leaves_nothing_running(
         said = process.stderr.read()
 
     assert 128 + number == process.returncode
-    assert said.endswith(f"rehearsal: ended by {number.name}\n")
+    assert said.endswith(f"rehearsal: stopped by {number.name}\n")
     lines = [json.loads(line) for line in (tmp_path / "rehearsal.jsonl").read_text().splitlines()]
     assert ["one"] == [line["name"] for line in lines[1:]]
     assert not started(tmp_path)
@@ -258,14 +258,14 @@ def test_the_commit_of_a_clone_of_another_user_is_told(monkeypatch: pytest.Monke
 
 
 def test_a_package_that_is_missing_is_named() -> None:
-    with pytest.raises(RehearsalError, match=r"cannot say its versions: .*no-such-package"):
+    with pytest.raises(RehearsalError, match=r"does not report its versions: .*no-such-package"):
         facts_of(PYTHON, ["no-such-package"], os.environ)
 
 
 @pytest.mark.parametrize(
     ("code", "why"),
     [
-        ("exit 3", "it has ended with status 3"),
+        ("exit 3", "it ended with status 3"),
         ("echo '{}'; echo bye", "bye"),
         ("echo '[]'", "[]"),
         ("echo oops >&2; exit 1", "oops"),
@@ -278,5 +278,6 @@ def test_a_python_that_cannot_say_its_versions_is_told(tmp_path: Path, code: str
     with pytest.raises(RehearsalError) as refused:
         facts_of(python, [], os.environ)
     assert str(refused.value) == (
-        f"{python} cannot say its versions: {why}; remove its environment, and it is made anew"
+        f"{python} does not report its versions: {why}; remove its environment, and the next "
+        "run makes a new one"
     )

@@ -40,7 +40,7 @@ def test_model_is_held_shown_and_released(url: str, capsys: pytest.CaptureFixtur
 
     assert 0 == main([*hold, "qwen", "--note", "nightly"])
     (said,) = capsys.readouterr().out.splitlines()
-    assert said.startswith("qwen: held for another 60 s for ann (nightly), lease lease-")
+    assert said.startswith("qwen: leased for another 60 s to ann (nightly), lease lease-")
     lease = said.rpartition(" ")[2]
 
     assert 0 == main(["leases", "--url", url])
@@ -52,7 +52,7 @@ def test_model_is_held_shown_and_released(url: str, capsys: pytest.CaptureFixtur
 
     assert 0 == main(["release", "--url", url, lease])
     assert 0 == main(["leases", "--url", url])
-    assert [f"qwen: {lease} has ended", "no model is held"] == (
+    assert [f"qwen: {lease} has ended", "no model is leased"] == (
         capsys.readouterr().out.splitlines()
     )
 
@@ -93,7 +93,7 @@ def hint(refused: str) -> str:
     [
         (["pin", "qwen"], ["unload", "qwen"], "qwen: not pinned"),
         (["lease", "qwen", "--owner", "a", "--ttl", "60"], ["switch", "llama"], "has ended"),
-        (["leases"], ["release", "nobody's"], "no model is held"),
+        (["leases"], ["release", "nobody's"], "no model is leased"),
     ],
 )
 def test_commands_that_errors_name_work_as_they_are_printed(
@@ -201,7 +201,7 @@ def test_commands_reach_a_unix_domain_socket(
         assert 0 == main(["switch", *at, "qwen"])
 
     said = capsys.readouterr()
-    assert said.out.startswith("qwen: held for another 60 s for ann")
+    assert said.out.startswith("qwen: leased for another 60 s to ann")
     assert f"--url unix:{path}" in said.err
 
 
@@ -296,7 +296,7 @@ def test_a_model_that_wakes_before_it_is_asked_for_is_shown() -> None:
     }
     memory = {"device": {"used": 6 << 20, "budget": 9 << 20}}
     status = {"active": "llama", "phase": "idle", "memory": memory, "models": {"qwen": model}}
-    assert remote.status_text(status).endswith("0.1  wakes: 2.0 of 5.0 MiB")
+    assert remote.status_text(status).endswith("0.1  waking: 2.0 of 5.0 MiB")
 
     size = {"device_bytes": 0}
     plan = {

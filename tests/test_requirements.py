@@ -218,7 +218,7 @@ def test_a_version_that_no_index_has_is_an_error(tmp_path: Path) -> None:
 
 def test_a_file_without_a_hash_is_an_error() -> None:
     """A file without a hash is an error: it would have to be downloaded and trusted unseen."""
-    with pytest.raises(HashError, match=r"^demo\.whl: its index gives it no SHA-256$"):
+    with pytest.raises(HashError, match=r"^demo\.whl: its index has no SHA-256 for it$"):
         hash_of(File("demo.whl", "index:demo.whl", None))
 
 
@@ -231,7 +231,7 @@ def test_builds_that_are_on_no_common_index_keep_their_hashes() -> None:
 def test_changed_hashes_of_one_version_are_told() -> None:
     """A changed hash for one version is reported, because published files do not change."""
     assert changes(Pin("demo==1.0", (A, B)), (B, C)) == (
-        "demo==1.0: 1 hashes gone, 1 new, of the same version"
+        "demo==1.0: 1 hashes removed, 1 new, for the same version"
     )
     assert changes(Pin("demo==1.0", ()), (A,)) is None
     assert changes(Pin("demo==1.0", (A, B)), (B, A)) is None

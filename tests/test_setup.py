@@ -299,7 +299,7 @@ def test_setup_goes_on_with_the_old_pip_where_the_pinned_one_cannot_be_installed
     setup.renew_pip(python)
 
     said = capfd.readouterr().out
-    assert "setup: pip==999.0 cannot be installed here; going on with pip " in said
+    assert "setup: pip==999.0 cannot be installed here; continuing with pip " in said
 
 
 def test_a_foreign_pip_is_refused(python: Path, wheel: Path, pinned_pip: Path) -> None:

@@ -123,7 +123,7 @@ def test_a_recording_of_answers_without_tokens_is_simulated(
         ("", "give either a trace or --generate"),
         ("x.jsonl --generate burst", "give either a trace or --generate"),
         ("missing.jsonl", "trace 'missing.jsonl' cannot be read: No such file or directory"),
-        ("x.jsonl --rate 3", "--rate shapes a generated trace; x.jsonl is one already"),
+        ("x.jsonl --rate 3", "--rate needs --generate; x.jsonl is an existing trace"),
         ("--generate burst --rate 0", "--rate must be above 0"),
         ("--generate burst --models 0", "--models must be at least 1"),
         ("--generate burst --step -1", "--step must be at least 0"),

@@ -230,7 +230,7 @@ async def test_events_have_the_time_at_which_they_were_complete() -> None:
 @pytest.mark.parametrize(
     ("answer", "detail"),
     [
-        (whole(model="qwen"), "asked 'llama', and qwen answered"),
+        (whole(model="qwen"), "asked 'llama', but qwen answered"),
         (whole("I am qwen"), "'I am qwen' instead of 'I am llama'"),
         (whole("I am"), "'I am' instead of 'I am llama'"),
         (whole("I am llama, and"), "instead of 'I am llama'"),

@@ -152,7 +152,7 @@ def test_nothing_is_said_of_a_version_that_has_everything(
     [
         ({"old": "def renamed(): ..."}, "vllm.old.helper: does not exist (ours/module.py:3)"),
         ({"old": "def helper(a): ..."}, "vllm.old.helper(a): has no parameter c"),
-        ({"old": "def helper(a, *, c, d): ..."}, "vllm.old.helper(a, c, d): wants d, too"),
+        ({"old": "def helper(a, *, c, d): ..."}, "vllm.old.helper(a, c, d): also needs d"),
         ({"old": "def helper(*, c): ..."}, "takes 0 positional arguments, not 1"),
         ({"engine": "class Engine: ..."}, "vllm.engine.Engine.step: does not exist"),
         (
@@ -279,8 +279,8 @@ def test_settings_that_reach_an_import_are_refused() -> None:
     [
         ("vllm.engine.Engine.sleep", "vllm.engine.Engine.sleep: does not exist"),
         ("vllm.engine.Engine.wake(level=)", "has no parameter level"),
-        ("vllm.engine.Engine.step()", "wants number, too"),
-        ("vllm.old says aot", "vllm.old: says nothing of aot"),
+        ("vllm.engine.Engine.step()", "also needs number"),
+        ("vllm.old says aot", "vllm.old: does not mention aot"),
     ],
 )
 def test_what_is_declared_is_looked_up(
@@ -337,7 +337,7 @@ def test_functions_whose_code_differs_are_told(make_tree: MakeTree) -> None:
         ("vllm.engine:Engine.gone", "", ["vllm.engine.Engine.gone: does not exist (declared)"]),
         ("vllm.engine:Engine.gone", "1.1", []),
         ("vllm.engine:Base.kind.*.queue", "", []),
-        ("vllm.engine:Base.kind.*.gone", "", ["vllm.engine: says nothing of gone (declared)"]),
+        ("vllm.engine:Base.kind.*.gone", "", ["vllm.engine: does not mention gone (declared)"]),
         ("vllm.gone:*", "", ["vllm.gone: does not exist (declared)"]),
         ("vllm.gone.*:name", "", []),
         ("os:environ[NAME]", "", []),

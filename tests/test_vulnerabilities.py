@@ -70,7 +70,7 @@ def test_what_was_accepted_for_one_version_is_not_for_another(
 
     assert audit(folder) == 1
 
-    assert "accepted.toml has demo CVE-1, which nothing needs now" in capsys.readouterr().out
+    assert "accepted.toml has demo CVE-1, which is no longer needed" in capsys.readouterr().out
 
 
 def test_a_version_that_is_not_affected_passes(folder: Path) -> None:
@@ -168,7 +168,7 @@ def test_an_advisory_without_a_fixed_version_says_so() -> None:
     """An advisory without a fixed version says so, and has another next step."""
     line = str(Finding(OLD, Advisory("demo", "A", (), (">=0",), ())))
 
-    assert line.startswith("demo 1.2: A, fixed in no version: do without the package in cpu.txt")
+    assert line.startswith("demo 1.2: A, not fixed in any version: remove the package from cpu.txt")
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_version_before_the_fixed_one_is_affected(version: str, is_affected: b
             json.dumps(
                 osv(ranges=[{"type": "ECOSYSTEM", "events": [{"introduced": "v_1"}]}]),
             ),
-            "introduced in 'v_1', which is no version",
+            "introduced in 'v_1', which is not a version",
         ),
         ('{"demo"', "Expecting ':' delimiter"),
         (json.dumps({"id": "demo", "affected": [3]}), "'int' object has no attribute 'get'"),
@@ -254,7 +254,7 @@ def test_an_advisory_that_cannot_be_read_is_an_error(
 
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"audit: error: {database}/1.json is no advisory in the OSV form: {said}"
+        f"audit: error: {database}/1.json is not an advisory in the OSV format: {said}"
     )
 
 
@@ -328,7 +328,7 @@ def test_a_service_that_knows_of_nothing_is_not_believed(folder: Path) -> None:
     none = {"dependencies": [{**DEMO, "vulns": []}, {**FLASK, "vulns": []}]}
 
     with pytest.raises(
-        NotReached, match=r"^osv: no network; pypi: knows nothing, not even of flask"
+        NotReached, match=r"^osv: no network; pypi: knows nothing, not even about flask"
     ):
         ask(program(folder, pypi=none), [OLD])
 
@@ -369,7 +369,7 @@ def test_the_repositorys_own_record_has_nothing_to_do(capsys: pytest.CaptureFixt
     assert command.main(["--offline"]) == 0
 
     out = capsys.readouterr().out
-    assert "which nothing needs now" not in out
+    assert "which is no longer needed" not in out
 
 
 def test_the_vllm_to_expose_is_the_oldest_without_known_vulnerabilities() -> None:

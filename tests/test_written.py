@@ -169,10 +169,10 @@ def test_a_tag_is_kept_to(text: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("!!int 0512", "what is tagged !!int is not one"),
-        ("!!int x", "what is tagged !!int is not one"),
-        ("!!bool yes", "what is tagged !!bool is not one"),
-        ("!!float true", "what is tagged !!float is not one"),
+        ("!!int 0512", "the value tagged !!int does not fit the tag"),
+        ("!!int x", "the value tagged !!int does not fit the tag"),
+        ("!!bool yes", "the value tagged !!bool does not fit the tag"),
+        ("!!float true", "the value tagged !!float does not fit the tag"),
         ("!!binary aGk=", "could not determine a constructor for the tag"),
         ("!!timestamp 2024-01-01", "could not determine a constructor for the tag"),
         ("!!set {a}", "could not determine a constructor for the tag"),
@@ -210,7 +210,7 @@ def test_a_tag_of_another_kind_of_value_is_refused(text: str, tag: str) -> None:
     message = refusal(f"\na: {text}")
 
     assert message.startswith("models.yaml:2: is not valid YAML: ")
-    assert f"what is tagged !!{tag} is not one, column " in message
+    assert f"the value tagged !!{tag} does not fit the tag, column " in message
 
 
 @pytest.mark.parametrize(
@@ -299,17 +299,17 @@ def test_what_is_not_there_has_the_line_of_what_is_around_it() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a:\n  b: \x1b[0m", f"models.yaml:2: {CONTROL} U+001B stands in column 6"),
-        ("\x00", f"models.yaml:1: {CONTROL} U+0000 stands in column 1"),
+        ("a:\n  b: \x1b[0m", f"models.yaml:2: {CONTROL} U+001B is in column 6"),
+        ("\x00", f"models.yaml:1: {CONTROL} U+0000 is in column 1"),
         ("a: [", "models.yaml:1: is not valid YAML: expected the node content"),
         ("a: b\n\tc: d", "models.yaml:2: is not valid YAML: found character"),
         ("a: 1\nb: {c: 1,\n c: 2}", "models.yaml:3: is not valid YAML: key 'c' is given twice"),
         ("yes: 1\n'yes': 2", "models.yaml:2: is not valid YAML: key 'yes' is given twice"),
-        ("a: &a {b: {c: *a}}", "models.yaml:1: is not valid YAML: the alias *a stands inside &a"),
-        ("a: &a\n- *a", "models.yaml:2: is not valid YAML: the alias *a stands inside &a"),
-        ("a: &a {<<: *a}", "models.yaml:1: is not valid YAML: the alias *a stands inside &a"),
+        ("a: &a {b: {c: *a}}", "models.yaml:1: is not valid YAML: the alias *a is inside &a"),
+        ("a: &a\n- *a", "models.yaml:2: is not valid YAML: the alias *a is inside &a"),
+        ("a: &a {<<: *a}", "models.yaml:1: is not valid YAML: the alias *a is inside &a"),
         ("a: *b", "models.yaml:1: is not valid YAML: found undefined alias 'b'"),
-        ("? {a: 1}\n: 2", "models.yaml:1: is not valid YAML: found unhashable key"),
+        ("? {a: 1}\n: 2", "models.yaml:1: is not valid YAML: a key must be a scalar"),
         ("a: {<<: 3}", "models.yaml:1: is not valid YAML: expected a mapping or list of mappings"),
     ],
 )  # fmt: skip

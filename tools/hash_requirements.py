@@ -216,7 +216,7 @@ class Indexes:
                 if here[name] != found[name]:
                     raise HashError(
                         f"{name}: two of pip's indexes give different hashes; find out which of "
-                        "them has the author's file, and take the other out of pip's configuration"
+                        "them has the author's file, and remove the other from pip's configuration"
                     )
             found = found or here
         if not found and is_local(pin) and pin.hashes:
@@ -242,11 +242,13 @@ class Indexes:
         try:
             answer = self._client.get(place)
         except httpx.HTTPError as error:
-            raise HashError(f"an index of pip's does not answer ({type(error).__name__})") from None
+            raise HashError(
+                f"one of pip's indexes does not answer ({type(error).__name__})"
+            ) from None
         if answer.status_code == 404:
             return []
         if answer.status_code != 200:
-            raise HashError(f"an index of pip's answers {answer.status_code}")
+            raise HashError(f"one of pip's indexes answers {answer.status_code}")
         return read_page(answer.text, answer.headers.get("Content-Type", ""), str(answer.url))
 
 
@@ -270,7 +272,7 @@ def hash_of(file: File) -> str:
         return file.sha256
     path = local(file.url)
     if path is None:
-        raise HashError(f"{file.name}: its index gives it no SHA-256")
+        raise HashError(f"{file.name}: its index has no SHA-256 for it")
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -306,11 +308,11 @@ def changes(pin: Pin, found: tuple[str, ...]) -> str | None:
     gone, new = set(pin.hashes) - set(found), set(found) - set(pin.hashes)
     if not pin.hashes or not (gone or new):
         return None
-    return f"{pin.requirement}: {len(gone)} hashes gone, {len(new)} new, of the same version"
+    return f"{pin.requirement}: {len(gone)} hashes removed, {len(new)} new, for the same version"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="hashes", description="Write the hashes of lists anew.")
+    parser = argparse.ArgumentParser(prog="hashes", description="Rewrite the hashes of the lists.")
     parser.add_argument("lists", nargs="*", type=Path, metavar="LIST", help="default: all of them")
     paths = parser.parse_args(argv).lists or sorted(LISTS.glob("*.txt"))
     texts = {path: path.read_text() for path in paths}

@@ -37,8 +37,8 @@ SCHEMA = "src/vllm_hotswap/models.schema.json"
 INTRODUCTION = """\
 # Reference of the settings
 
-Made by `make reference` from the code; do not edit. What the settings are for is described in
-[configuration](configuration.md), routes, errors and metrics in [HTTP API](http-api.md).
+Generated from the code by `make reference`; do not edit. [Configuration](configuration.md) explains
+the settings, [HTTP API](http-api.md) the routes, errors and metrics.
 """
 
 
@@ -62,7 +62,7 @@ def _lines() -> Iterator[str]:
     yield "\n### Keys of a group under `rights`\n"
     yield from _settings(GroupConfig)
     yield "\n## Flags and environment variables for settings of the file\n"
-    yield "A flag counts more than its variable, and that more than the file.\n"
+    yield "A flag overrides its variable, and a variable overrides the file.\n"
     yield from _table(
         ("key", "flag", "variable"),
         (
@@ -77,9 +77,9 @@ def _lines() -> Iterator[str]:
     yield "\n## Commands\n"
     yield (
         "Exit status: 0 if it worked; 1 after an error, which is one line on standard error; 2 for "
-        "a command line that cannot be understood; 130 after Ctrl-C; 141 if nobody reads the "
-        "output any more. `python -X dev -m vllm_hotswap ...` shows the whole trace of an error "
-        "that nobody thought of.\n"
+        "a command line that cannot be understood; 130 after Ctrl-C; 141 if the output is closed "
+        "(a broken pipe). `python -X dev -m vllm_hotswap ...` shows the traceback of an unexpected "
+        "error.\n"
     )
     yield from _commands()
 

@@ -128,12 +128,12 @@ def rehearse_all(
                 flush=True,
             )
             if asked:
-                print(f"rehearsal: ended by {asked[0].name}", file=sys.stderr)
+                print(f"rehearsal: stopped by {asked[0].name}", file=sys.stderr)
                 return 128 + asked[0]
     if failed:
         print(f"rehearsal: failed: {'; '.join(failed)}", file=sys.stderr)
         return 1
-    print(f"rehearsal: all went well; {results} has what was counted")
+    print(f"rehearsal: all parts passed; {results} has the counts")
     return 0
 
 
@@ -142,7 +142,7 @@ def check_paths(*paths: Path) -> None:
     for path in paths:
         if ":" in str(path):
             raise RehearsalError(
-                f"'{path}' has a ':' in its name, which parts folders in search paths; move it"
+                f"'{path}' has a ':' in its name, which separates folders in search paths; move it"
             )
 
 
@@ -160,7 +160,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RehearsalError(
-                f"another rehearsal runs in {folder}; wait for its end, or end it"
+                f"another rehearsal runs in {folder}; wait until it ends, or stop it"
             ) from None
         yield
     finally:
@@ -230,9 +230,9 @@ def facts_of(
     if not isinstance(versions, dict):
         why = (asked.stderr or asked.stdout).strip().splitlines()
         raise RehearsalError(
-            f"{python} cannot say its versions: "
-            f"{why[-1] if why else f'it has ended with status {asked.returncode}'}; "
-            "remove its environment, and it is made anew"
+            f"{python} does not report its versions: "
+            f"{why[-1] if why else f'it ended with status {asked.returncode}'}; "
+            "remove its environment, and the next run makes a new one"
         )
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -274,7 +274,9 @@ def rehearse(
     try:
         while not asked and not has_ended(process, LOOK_S):
             if time.monotonic() > deadline:
-                print(f"rehearsal: {part.name}: no end within {part.limit_s} s", file=sys.stderr)
+                print(
+                    f"rehearsal: {part.name}: not finished within {part.limit_s} s", file=sys.stderr
+                )
                 break
     finally:
         end(process)

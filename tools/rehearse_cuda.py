@@ -96,7 +96,7 @@ def make_environment(folder: Path) -> Path:
     renew_pip(python)
     wanted = missing(python, packages())
     if wanted:
-        with step(f"{len(wanted)} packages in {folder}; the first time some 4 GB are fetched"):
+        with step(f"{len(wanted)} packages in {folder}; the first time, about 4 GB are downloaded"):
             if not install(pip_install(python), wanted):
                 raise SetupError("the packages could not be installed, for the reason above")
     return python

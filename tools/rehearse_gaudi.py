@@ -113,8 +113,8 @@ def check_plugin(folder: Path) -> None:
         if found != wanted:
             is_now = "missing" if found is None else f"{found[:12]} to git"
             raise RehearsalError(
-                f"PLUGIN is '{folder}', whose {name} is {is_now}, and that of v{VERSION} is "
-                f"{wanted[:12]}; check v{VERSION} out there, without changes of its own"
+                f"PLUGIN is '{folder}', whose {name} is {is_now}, but that of v{VERSION} is "
+                f"{wanted[:12]}; check out v{VERSION} there, without local changes"
             )
 
 
@@ -131,7 +131,7 @@ def check_apart(folder: Path, plugin: Path) -> None:
         its = copy.resolve()
         if its == named or its in named.parents or named in its.parents:
             raise RehearsalError(
-                f"PLUGIN is '{plugin}', and its copy is to be {copy}, which is removed first; "
+                f"PLUGIN is '{plugin}', but its copy would be {copy}, which is removed first; "
                 "clone it outside of that folder, and name the clone"
             )
 
@@ -148,7 +148,7 @@ def tree(folder: Path, without: Collection[str] = ()) -> str:
             continue
         if (entry := entry_of(path)) is None:
             raise RehearsalError(
-                f"'{path}' is no file, link or folder, and not of the plugin; remove it"
+                f"'{path}' is not a file, link or folder, so not part of the plugin; remove it"
             )
         mode, name = entry
         if entry == (FOLDER, EMPTY):
@@ -210,23 +210,23 @@ print(json.dumps({{"version": platform.python_version(), "site": sysconfig.get_p
 
 def check_base(python: Path) -> Base:
     """Return the environment below. Raises `RehearsalError` if it is none, or has another vLLM."""
-    remedy = "name another, ENVIRONMENT=DIR, or none, and one is made"
+    remedy = "name another one (ENVIRONMENT=DIR), or none to make a new one"
     if not python.exists():
         raise RehearsalError(f"{python} is missing; {remedy}")
     try:
         base = Base(str(python), **json.loads(output_of(python, "-c", DESCRIBE)))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "it does not answer"
-        raise RehearsalError(f"{python} is no Python that runs: {why}; {remedy}") from error
+        raise RehearsalError(f"{python} is not a working Python: {why}; {remedy}") from error
     if other := base.vllm.get(rehearse_cuda.OTHER_BUILD):
         raise RehearsalError(
             f"{python} has {rehearse_cuda.OTHER_BUILD} {other}, vLLM's build for the CPU, which "
-            f"serves by the CPU where it finds no Gaudi; {remedy}"
+            f"uses the CPU if it finds no Gaudi; {remedy}"
         )
     vllm = base.vllm.get("vllm")
     if vllm is None or vllm.partition("+")[0] != VERSION:
         raise RehearsalError(
-            f"{python} has {f'vllm {vllm}' if vllm else 'no vLLM'}, and the plugin is for vLLM "
+            f"{python} has {f'vllm {vllm}' if vllm else 'no vLLM'}, but the plugin is for vLLM "
             f"{VERSION}; {remedy}"
         )
     return base
@@ -243,19 +243,18 @@ def make_environment(folder: Path, base: Path, plugin: Path) -> Path:
     described = json.dumps(asdict(below)) + "\n"
     if environment.resolve() in (base.parent.parent.resolve(), *base.resolve().parents):
         raise RehearsalError(
-            f"ENVIRONMENT is '{environment}', which is made here on top of another; name that one"
+            f"ENVIRONMENT is '{environment}', which the rehearsal makes on top of another one; "
+            "name that one"
         )
     site = site_of(python)
     if site is None or not note.exists() or note.read_text(encoding="utf-8") != described:
         if environment.exists() and not (environment / "pyvenv.cfg").is_file():
-            raise RehearsalError(
-                f"'{environment}' is no environment that was made here; move it away"
-            )
+            raise RehearsalError(f"'{environment}' was not made by the rehearsal; move it away")
         note.unlink(missing_ok=True)
         (folder / STANDIN / LIBRARY).unlink(missing_ok=True)
         with step("environment"):
             if not run(base, "-m", "venv", "--clear", "--without-pip", environment):
-                raise RehearsalError(f"{base} can't make an environment, for the reason above")
+                raise RehearsalError(f"{base} cannot make an environment, for the reason above")
         site = site_of(python)
     if site is None:
         raise RehearsalError(f"{python} does not answer; remove {environment}, and try again")

@@ -115,7 +115,7 @@ def read(name: str) -> list[Pin]:
     except FileNotFoundError:
         there = ", ".join(sorted(path.name for path in LISTS.glob("vllm-*.txt")))
         raise SetupError(
-            f"requirements has no {name}; for other versions of vLLM: {there}"
+            f"requirements/ has no {name}; lists for other versions of vLLM: {there}"
         ) from None
 
 
@@ -168,7 +168,7 @@ def make_venv(folder: Path) -> Path:
         if not run(sys.executable, "-m", "venv", "--clear", folder):
             raise SetupError(
                 f"{sys.executable} can't make a virtual environment "
-                "(Debian and Ubuntu have it in a package of its own, python3-venv)"
+                "(on Debian and Ubuntu, install the package python3-venv)"
             )
     return python
 
@@ -194,7 +194,7 @@ def install(
         raise SetupError(
             f"{package}: refused, the file that was offered has a SHA-256 that requirements/ does "
             "not list; if you have just changed that line, run make hashes; if not, see above "
-            "where the file came from, and take that place out of pip's configuration"
+            "where the file came from, and remove that place from pip's configuration"
         )
     return done
 
@@ -234,7 +234,7 @@ def renew_pip(python: Path) -> None:
     with step("pip"):
         done = install(pip_install(python), [pin])
     if not done:
-        print(f"setup: {pin.requirement} cannot be installed here; going on with pip {here}")
+        print(f"setup: {pin.requirement} cannot be installed here; continuing with pip {here}")
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -270,7 +270,7 @@ def get_uv(python: Path, pin: Pin) -> Path | None:
         done = install(pip_install(python), [pin])
     if done and run(uv, "--version", quiet=True):
         return uv
-    print("setup: uv cannot be installed here; going on with pip, which takes longer")
+    print("setup: uv cannot be installed here; continuing with pip, which takes longer")
     return None
 
 

@@ -51,12 +51,13 @@ def parse(arguments: Sequence[str]) -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.auto",
         description="Play traces of requests for three models on servers that switch by "
-        "themselves, with the policies fifo and batch in turn. Nothing else should run meanwhile.",
+        "themselves, with the policies fifo and batch in turn. Do not run anything else at "
+        "the same time.",
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("bench-results"), help="folder for results and logs")
     add("--repeats", type=int, default=3, help="repetitions (default: 3)")
-    add("--requests", type=int, default=300, help="of each trace (default: 300)")
+    add("--requests", type=int, default=300, help="requests of each trace (default: 300)")
     add("--rate", type=float, default=10.0, help="requests per second of the Zipf trace")
     add("--dear-requests", type=int, default=60, help="the same for costly switches")
     add("--dear-rate", type=float, default=2.0, help="the same for costly switches")

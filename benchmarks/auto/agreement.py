@@ -67,7 +67,7 @@ def split(recorded: Trace, first: int, asked: Sequence[Trace]) -> Iterator[Recor
         at += len(WARM_UP)
         part = tuple(requests[at : at + len(one.requests)])
         if Counter(_models(part)) != Counter(_models(one.requests)):
-            raise BadAnswer("the server has not recorded just the requests that it was sent")
+            raise BadAnswer("the server has not recorded exactly the requests that it was sent")
         begin_s, end_s = _arrived_s(part[0]), max(_ended_s(request) for request in part)
         switches = tuple(s for s in recorded.switches if begin_s <= s.at_s <= end_s)
         before = Trace(

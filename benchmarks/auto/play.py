@@ -111,9 +111,9 @@ def judge(request: TracedRequest, reply: Reply, references: References) -> Outco
     tokens = content["usage"]["completion_tokens"]
     error: str | None = None
     if told != (request.model, request.model) or not said.startswith(GREETINGS[request.model]):
-        error = f"asked {request.model!r}, and {told} said {said!r}"
+        error = f"asked {request.model!r}, but {told} answered {said!r}"
     elif tokens != request.output_tokens:
-        error = f"asked for {request.output_tokens} tokens, and got {tokens}"
+        error = f"asked for {request.output_tokens} tokens, but got {tokens}"
     elif math.isnan(waited_s):
         error = "the answer does not say how long it waited"
     reference = references[request.model, prompt(request.id)]

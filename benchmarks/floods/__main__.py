@@ -99,7 +99,7 @@ def parse(arguments: Sequence[str]) -> Floods:
     args = parser.parse_args(arguments)
     names = args.only.split(",") if args.only else list(KINDS)
     if unknown := [name for name in names if name not in KINDS]:
-        parser.error(f"--only: unknown flood {', '.join(unknown)}; there are: {', '.join(KINDS)}")
+        parser.error(f"--only: unknown flood {', '.join(unknown)}; known: {', '.join(KINDS)}")
     usual = QUICK if args.quick else DEFAULT
     plan = Plan(
         args.seconds if args.seconds is not None else usual.seconds,
@@ -128,19 +128,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("bench-results"), help="folder for floods.json and logs")
-    add("--only", metavar="FLOOD[,FLOOD]", help="some of them (default: all)")
-    add("--seconds", type=float, help=f"of each flood (default: {DEFAULT.seconds:g})")
-    add("--around", type=float, help=f"before and after it (default: {DEFAULT.around_s:g})")
+    add("--only", metavar="FLOOD[,FLOOD]", help="only these floods (default: all)")
+    add("--seconds", type=float, help=f"seconds of each flood (default: {DEFAULT.seconds:g})")
+    add("--around", type=float, help=f"seconds before and after it (default: {DEFAULT.around_s:g})")
     add(
         "--warm-up",
         type=float,
-        help=f"of a first flood that does not count (default: {DEFAULT.warm_up_s:g}; 0: none)",
+        help="seconds of a first flood that does not count "
+        f"(default: {DEFAULT.warm_up_s:g}; 0: none)",
     )
     add(
         "--per-second",
         type=float,
         default=DEFAULT.per_second,
-        help=f"streams of the other user (default: {DEFAULT.per_second:g})",
+        help=f"streams of the other user per second (default: {DEFAULT.per_second:g})",
     )
     add(
         "--nice",
@@ -148,10 +149,10 @@ def make_parser() -> argparse.ArgumentParser:
         choices=range(20),
         metavar="N",
         default=DEFAULT.nice,
-        help="what the attacker's priority is lowered by, 0 to 19, so that what it takes of the "
-        f"machine itself does not stand for the server's (default: {DEFAULT.nice})",
+        help="by how much the attacker's priority is lowered, 0 to 19, so that its own load is "
+        f"not taken for the server's (default: {DEFAULT.nice})",
     )
-    add("--quick", action="store_true", help="seconds of each, to see that everything works")
+    add("--quick", action="store_true", help="a few seconds of each, to see that everything works")
     add("--fake", action="store_true", help="a server on fake engines, without vLLM")
     return parser
 

@@ -69,7 +69,7 @@ class Attacker:
 
     def _receive(self, timeout_s: float) -> object:
         try:
-            return self._pipe.recv() if self._pipe.poll(timeout_s) else "it said nothing"
+            return self._pipe.recv() if self._pipe.poll(timeout_s) else "it sent no message"
         except EOFError:
             return f"it ended with {self.process.exitcode}"
 

@@ -72,7 +72,7 @@ class Remote:
         async with Connection(self._port) as connection:
             stream = await connection.stream(completion(alias, next(self._prompts), 2))
         if stream.model != alias:
-            raise BadAnswer(f"asked {alias!r}, and {stream.model!r} answered")
+            raise BadAnswer(f"asked {alias!r}, but {stream.model!r} answered")
         return stream.ttft_s * 1000
 
     async def lower(self, alias: str, state: str) -> float:
@@ -81,7 +81,7 @@ class Remote:
         told = await self.operate(alias, *way) if way else None
         residency = (await self.status())["models"][alias]["residency"]
         if residency != state:
-            raise BadAnswer(f"{alias!r} is {residency}, and should be {state}")
+            raise BadAnswer(f"{alias!r} is {residency}, but should be {state}")
         return float(told["duration_ms"]) if told else 0.0
 
     async def switch_from(self, state: str, alias: str, home: str) -> Switch:

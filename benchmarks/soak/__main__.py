@@ -105,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
         "is 1 if one was lost, hung or answered wrongly.",
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=15.0, help="how long (default: 15)")
+    add("--minutes", type=float, default=15.0, help="minutes to run (default: 15)")
     add("--seed", type=int, default=1, help="seed of the random choices (default: 1)")
     add("--out", type=Path, default=Path("bench-results"), help="folder for results and the log")
     add(
@@ -120,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--policies",
         default=",".join(POLICIES),
         metavar="POLICY[,POLICY]",
-        help=f"what happens at a drain's deadline, of {','.join(POLICIES)} (default: all)",
+        help=f"what happens at a drain's deadline: some of {','.join(POLICIES)} (default: all)",
     )
     return parser
 

@@ -162,7 +162,7 @@ async def _kill(run: Run, number: signal.Signals) -> None:
         return
     pid = status["host"]["pid"]
     if pid not in [process.pid for process in run.server.family()[1:]]:
-        run.problem(f"the engine host's pid, {pid}, is of no process below the server")
+        run.problem(f"the engine host's pid, {pid}, is not a process below the server")
         return
     kill = Kill(number.name, status["phase"], time.perf_counter())
     os.kill(pid, number)
@@ -175,7 +175,9 @@ async def _kill(run: Run, number: signal.Signals) -> None:
             return
         await asyncio.sleep(POLL_S)
     if _runs(pid):
-        run.problem(f"the host that got {kill.signal} still runs after its successor is ready")
+        run.problem(
+            f"the host that got {kill.signal} is still running although its successor is ready"
+        )
 
 
 async def _is_back(run: Run, kill: Kill, pid: int) -> bool:

@@ -129,7 +129,7 @@ def _judge_complete(reply: Reply, transcript: Transcript) -> tuple[Outcome, str]
 def find_wrong(case: Case, reference: Reference, transcript: Transcript) -> str | None:
     """Return what differs from the model's answer alone, if anything."""
     if strangers := transcript.models - {case.alias}:
-        return f"asked {case.alias!r}, and {', '.join(sorted(strangers))} answered"
+        return f"asked {case.alias!r}, but {', '.join(sorted(strangers))} answered"
     if transcript.error == "wrong_stamp":
         return "an output had the stamp of another model or epoch"
     whole = transcript.is_done and transcript.error is None

@@ -77,7 +77,7 @@ async def run_soak(plan: Plan, folder: Path, log_file: Path) -> Found:
     shm_before = set(files_in(SHARED_MEMORY))
     async with _server(plan, folder, log_file) as server:
         family = server.family()
-        log.info("taking the goldens of %d cases", len(all_cases()))
+        log.info("recording the reference answers of %d cases", len(all_cases()))
         references = await take_references(server, all_cases())
         run = Run(server, plan, references, folder / "tmp", clients_left=plan.clients)
         await _work(run)
@@ -85,7 +85,7 @@ async def run_soak(plan: Plan, folder: Path, log_file: Path) -> Found:
         family += server.family()
         exit_status = server.exit_status
         if exit_status is not None:
-            run.problem(f"the server ended by itself with status {exit_status}")
+            run.problem(f"the server exited by itself with status {exit_status}")
         else:
             exit_status = await server.terminate()
         left = sum(1 for process in set(family) if _is_alive(process))

@@ -95,7 +95,7 @@ def _config(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{CONFIG} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise ConfigError(f"{CONFIG} is not that of a LoRA adapter")
+        raise ConfigError(f"{CONFIG} does not describe a LoRA adapter")
     if not all(_is_size(rank) for rank in _ranks(config)):
         raise ConfigError(f"{CONFIG} has no rank `r` above 0")
     return config
@@ -133,7 +133,7 @@ def _check_layers(names: Iterable[str], base: Shapes) -> None:
     its, have = _highest_layer(names), _highest_layer(base)
     if have is not None and its is not None and its > have:
         raise ConfigError(
-            f"it has weights for layer {its}, and its base model's layers end with {have}: "
+            f"it has weights for layer {its}, but the last layer of its base model is {have}: "
             "it was made for another model"
         )
 
@@ -148,12 +148,12 @@ def _check_shape(
 ) -> None:
     """Check a shape: a layer of (outputs, inputs) has A (rank, inputs) and B (outputs, rank)."""
     if not isinstance(shape, list) or len(shape) != 2 or not all(map(_is_size, shape)):
-        raise ConfigError(f"{tensor} has the shape {shape!r}, which is not that of a matrix")
+        raise ConfigError(f"{tensor} has the shape {shape!r}, so it is not a matrix")
     its_rank, size = shape if kind == "A" else reversed(shape)
     if its_rank > rank:
         raise ConfigError(f"{tensor} has rank {its_rank}, {CONFIG} says {rank}")
     if layer is not None and len(layer) == 2 and size != layer[1 if kind == "A" else 0]:
         raise ConfigError(
-            f"{tensor} has the shape {tuple(shape)}, and its layer in the base model {layer}: "
+            f"{tensor} has the shape {tuple(shape)}, but its layer in the base model has {layer}: "
             "it was made for another model"
         )

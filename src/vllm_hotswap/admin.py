@@ -128,7 +128,7 @@ class Admin:
         coordinator = self._coordinator
         if not coordinator.is_ready:
             reason = coordinator.failure or f"phase {coordinator.phase}"
-            raise NotReady(f"the server is {coordinator.state.value}: {reason}; ask again")
+            raise NotReady(f"the server is {coordinator.state.value}: {reason}; retry later")
         body: ReadyAnswer = {
             "ready": True,
             "active": coordinator.active,

@@ -170,7 +170,7 @@ class AuditLog:
 
     def _log_lost_line(self, cause: str | None) -> None:
         log_of_clients.error(
-            "event=audit_line_lost path=%r cause=%r then='the call was not affected'",
+            "event=audit_line_lost path=%r cause=%r then='the request was not affected'",
             str(self._path),
             cause,
         )

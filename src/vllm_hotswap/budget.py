@@ -116,7 +116,7 @@ class MemoryBudget:
         GivenSize,
         Field(
             description="device memory for the models and the engine host itself; on a CPU, for "
-            "the whole host process. A fraction is one of the device's total. Default: "
+            "the whole host process. A fraction is of the device's total. Default: "
             "`gpu_memory_utilization` of the device, minus what others use; on CUDA, what "
             "is free, minus a reserve"
         ),
@@ -212,9 +212,9 @@ def resolve_budget(
         for_models = size - device.held
         if for_models > device.free:
             raise ConfigError(
-                f"memory.device is {_gib(size)}, but of {_gib(device.total)} only "
-                f"{_gib(device.free + device.held)} can be used; lower it, or stop what else "
-                "uses the device"
+                f"memory.device is {_gib(size)}, but only {_gib(device.free + device.held)} of "
+                f"{_gib(device.total)} can be used; lower it, or stop the other processes that "
+                "use the device"
             )
     if for_models <= 0:
         raise ConfigError(_nothing_left(memory, device))
@@ -228,10 +228,10 @@ def _nothing_left(memory: MemoryBudget, device: DeviceMemory) -> str:
     others = device.total - device.free - device.held - device.reserve
     if device.reserve and memory.device is None:
         return (
-            f"no memory is left for models: of the device's {_gib(device.total)} other processes "
-            f"hold {_gib(max(0, others))}, the engine host itself {_gib(device.held)}, and "
-            f"{_gib(device.reserve)} are kept free for activations; stop what else uses the "
-            "device, or use another device"
+            f"no memory is left for models: of the device's {_gib(device.total)}, other processes "
+            f"hold {_gib(max(0, others))}, the engine host itself holds {_gib(device.held)}, and "
+            f"{_gib(device.reserve)} are kept free for activations; stop the other processes, or "
+            "use another device"
         )
     return (
         f"no memory is left for models: the engine host itself holds {_gib(device.held)}, and "

@@ -120,7 +120,7 @@ def _made_below(root: Path) -> str:
     try:
         make_folder(own, PRIVATE)
         if own.is_symlink():
-            raise FileExistsError("there is a link of its name")
+            raise FileExistsError("a link of this name exists")
         _check_private(own)
         own.chmod(PRIVATE)
     except OSError as error:

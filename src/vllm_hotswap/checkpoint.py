@@ -114,7 +114,7 @@ def check_description(folder: Path) -> None:
     names = json_object(file).get("architectures")
     if names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         return
-    raise ConfigError(f"the file {str(file)!r} is wrong: `architectures` must be a list of names")
+    raise ConfigError(f"the file {str(file)!r} is invalid: `architectures` must be a list of names")
 
 
 def check_generation(folder: Path) -> None:

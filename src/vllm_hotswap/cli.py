@@ -144,7 +144,7 @@ def _unexpected_error(error: Exception) -> str:
 
 def _unknown_command(word: str) -> str:
     hint = did_you_mean(OTHER_WORDS.get(word, word), COMMANDS)
-    return f"there is no command {word!r}{hint or '; commands: ' + ', '.join(COMMANDS)}"
+    return f"unknown command {word!r}{hint or '; commands: ' + ', '.join(COMMANDS)}"
 
 
 def _unknown_arguments(parser: argparse.ArgumentParser, rest: Sequence[str]) -> str:
@@ -181,7 +181,7 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
         "server, and as the default of every model."
     )
     serve.epilog = (
-        "Of `vllm serve`, among others: --host, --port (default: 8000), --api-key, --uds, "
+        "Flags of `vllm serve` include --host, --port (default: 8000), --api-key, --uds and "
         "--ssl-certfile. `vllm serve --help=all` lists them all."
     )
     serve.allow_abbrev = False
@@ -206,8 +206,8 @@ def _fill_serve(serve: argparse.ArgumentParser) -> None:
         "--audit-log",
         type=Path,
         metavar="FILE",
-        help="append one line to this file for each call that changes state, with the fingerprint "
-        "of its key (also VLLM_HOTSWAP_AUDIT_LOG); reopened on SIGHUP",
+        help="append one line to this file for each request that changes state, with the "
+        "fingerprint of its key (also VLLM_HOTSWAP_AUDIT_LOG); reopened on SIGHUP",
     )
     _add_listening(serve)
     serve.add_argument(
@@ -264,7 +264,7 @@ def _add_listening(serve: argparse.ArgumentParser) -> None:
         default=[],
         metavar="ADDRESS[,ADDRESS]",
         help="proxies, as IP addresses or networks, whose X-Forwarded-For and X-Forwarded-Proto "
-        "count; *: any proxy; default: FORWARDED_ALLOW_IPS, else none; repeatable",
+        "are trusted; *: any proxy; default: FORWARDED_ALLOW_IPS, else none; repeatable",
     )
 
 
@@ -293,7 +293,7 @@ def _names(words: Iterable[str]) -> list[str]:
 
 def _fill_check(check: argparse.ArgumentParser) -> None:
     check.description = (
-        "Look at files, configurations, tokenizers, chat templates, parsers and memory of every "
+        "Check files, configurations, tokenizers, chat templates, parsers and memory of every "
         "model, print a table, and exit with status 1 if anything cannot work. Takes the flags "
         "of `serve`."
     )
@@ -348,7 +348,7 @@ def _fill_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--fake",
         action="store_true",
-        help="without vLLM: fake engines with made-up answers; the server is there in a second",
+        help="without vLLM: fake engines with made-up answers; the server starts in a second",
     )
     demo.add_argument(
         "--port",

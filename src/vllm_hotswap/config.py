@@ -466,7 +466,7 @@ class _Reader:
                 names = " and ".join(f"`{key}`" for key in keys)
                 raise ConfigError(
                     f"{self._place('models', alias)} is empty, and {names} "
-                    f"{'stand' if keys[1:] else 'stands'} beside it; indent {names} below {alias}"
+                    f"{'are' if keys[1:] else 'is'} beside it; indent {names} below {alias}"
                 )
 
     def _defaults(self, section: object) -> dict[str, Any]:

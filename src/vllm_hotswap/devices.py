@@ -197,7 +197,7 @@ class OwnSleepDevice:
         except RuntimeError as error:  # torch's errors are
             raise ConfigError(
                 f"the device cannot be used: {one_line(error)}; "
-                f"{self.why_unusable() or 'see what its own tools say'}"
+                f"{self.why_unusable() or 'run the tools of its maker'}"
             ) from error
         return found or CpuDevice().memory()
 
@@ -314,8 +314,8 @@ def _first_memory_info() -> tuple[int, int]:
         free, total = _cuda().mem_get_info()
     except RuntimeError as error:  # torch's errors are
         raise ConfigError(
-            f"the GPU cannot be used: {one_line(error)}; see nvidia-smi, which also shows whether "
-            "another process fills it, and end that process or take another GPU"
+            f"the GPU cannot be used: {one_line(error)}; run nvidia-smi, which also shows whether "
+            "another process fills it, and stop that process or use another GPU"
         ) from error
     return free, total
 

@@ -464,7 +464,7 @@ class GrammarTimeout(HotswapError):
             "the grammar cannot be checked now: an earlier check has been running for more than "
             f"{timeout_s:g} s"
             if is_behind
-            else f"no token was generated within {timeout_s:g} s (limits.grammar_timeout) of a "
+            else f"no token was generated within {timeout_s:g} s (limits.grammar_timeout) for a "
             "request whose grammar had to be checked and compiled first"
         )
         step = "retry later" if is_behind else "simplify it, or retry later"
@@ -574,7 +574,7 @@ class RateLimited(HotswapError):
         self, what: str, per_minute: int, retry_after_s: int, has_key: bool = True
     ) -> None:
         who = "this key" if has_key else "callers without a key together"
-        does = {"requests": "make", "switches": "ask for"}.get(what, "use")
+        does = {"requests": "make", "switches": "trigger"}.get(what, "use")
         super().__init__(
             f"{who} may {does} {per_minute} {what} per minute "
             f"({what}_per_minute, in limits or in rights); retry in {retry_after_s} s",
@@ -610,8 +610,8 @@ class CallTooLarge(HotswapError):
 
     def __init__(self, limit: int, setting: str) -> None:
         super().__init__(
-            f"this call needs more than {limit} engine requests (prompts or items, times n);"
-            f" split it ({setting})"
+            f"this request needs more than {limit} engine requests (prompts or items, times n); "
+            f"split it ({setting})"
         )
 
 

@@ -210,7 +210,7 @@ class FileRules(Rules):
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"{VARIABLE}: the file {str(self._path)!r} cannot be read: {error}; "
-                "write it, empty for no failpoints, before the start"
+                "create it before the start; an empty file means no failpoints"
             ) from error
 
     def take(self, place: str, alias: str | None) -> Rule | None:

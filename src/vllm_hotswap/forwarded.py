@@ -89,8 +89,8 @@ class ForwardedClients:
             return
         self._has_logged = True
         log.warning(
-            "event=forwarded_ignored peer=%s X-Forwarded-For does not count: "
-            "if a proxy sent it, name it with %s",
+            "event=forwarded_ignored peer=%s X-Forwarded-For is ignored: "
+            "if a proxy sent it, name the proxy with %s",
             client[0],
             FLAG,
         )

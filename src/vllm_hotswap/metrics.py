@@ -229,7 +229,9 @@ class SwitchMetrics:
             ["model", "result"],
             registry=self.registry,
         )
-        self._loads = Counter("hotswap_loads", "Engines made.", ["model"], registry=self.registry)
+        self._loads = Counter(
+            "hotswap_loads", "Engines created.", ["model"], registry=self.registry
+        )
         epoch_gauge = Gauge(
             "hotswap_epoch", "Number of activations so far.", registry=self.registry
         )
@@ -316,7 +318,7 @@ class SwitchMetrics:
         )
         self._woken = Counter(
             "hotswap_woken_bytes",
-            "Device memory that early wakes took, by what became of it.",
+            "Device memory that early wakes took, by outcome.",
             ["result"],
             registry=self.registry,
         )

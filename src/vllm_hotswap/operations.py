@@ -81,7 +81,10 @@ class Operations:
         try:
             alias = PlanQuery.model_validate(dict(request.query_params)).model
         except ValidationError:
-            raise InvalidRequest("name a model: /admin/plan?model=alias", "model") from None
+            raise InvalidRequest(
+                "the query parameter model is missing or empty; send /admin/plan?model=ALIAS",
+                "model",
+            ) from None
         return JSONResponse(plan_body(self._coordinator.plan(alias), self._coordinator.active))
 
     async def announce(self, request: Request) -> Response:

@@ -163,5 +163,7 @@ def make_policy(name: str, settings: PolicySettings) -> Policy:
     try:
         policy: Policy = found[name].load()(settings)
     except Exception as error:
-        raise ConfigError(f"switching.policy {name!r} cannot be made: {one_line(error)}") from error
+        raise ConfigError(
+            f"switching.policy {name!r} cannot be created: {one_line(error)}"
+        ) from error
     return policy

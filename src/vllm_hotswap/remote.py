@@ -111,7 +111,7 @@ def _fill_lease(lease: argparse.ArgumentParser) -> None:
 
 
 def _fill_release(release: argparse.ArgumentParser) -> None:
-    release.add_argument("id", help="of the lease")
+    release.add_argument("id", help="id of the lease")
     _options(release, _release)
 
 
@@ -427,8 +427,8 @@ def _client(address: Address, headers: Mapping[str, str], changes: bool) -> http
         )
     except (ValueError, ImportError, OSError) as error:
         raise RemoteError(
-            f"the environment (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, SSL_CERT_FILE) keeps "
-            f"{address} from being called: {one_line(error)}"
+            f"the environment (ALL_PROXY, HTTP_PROXY, HTTPS_PROXY, SSL_CERT_FILE) prevents "
+            f"requests to {address}: {one_line(error)}"
         ) from error
 
 
@@ -492,7 +492,7 @@ class Refusal:
         give = _GIVE_ANY_KEY if self.args.command in LOOKING else _GIVE_KEY
         if self.key_origin:
             return f"the server does not accept the key of {self.key_origin}; {give}"
-        return f"the server asks for a key; {give}"
+        return f"the server requires a key; {give}"
 
     def _as_commands(self, message: str) -> str:
         """Return the message with requests to our own routes as commands."""
@@ -532,23 +532,21 @@ def _plain(text: str) -> str:
 
 
 def switch_text(answer: Mapping[str, Any]) -> str:
-    how = f"active after {answer['duration_ms']} ms" if answer["switched"] else "active already"
+    how = f"active after {answer['duration_ms']} ms" if answer["switched"] else "already active"
     counts = {word: answer[f"requests_{word}"] for word in ("cut", "parked", "lost")}
     requests = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     return f"{answer['current_model']}: {how}{f' (requests: {requests})' if requests else ''}"
 
 
 def lease_text(lease: Mapping[str, Any]) -> str:
-    state = "from when it is active, for" if lease["pending"] else "for another"
+    rest = f"{lease['expires_in_s']:.0f} s"
+    period = f"{rest} from its activation" if lease["pending"] else f"another {rest}"
     note = f" ({lease['note']})" if lease["note"] else ""
-    return (
-        f"{lease['model']}: held {state} {lease['expires_in_s']:.0f} s for {lease['owner']}{note}, "
-        f"lease {lease['id']}"
-    )
+    return f"{lease['model']}: leased for {period} to {lease['owner']}{note}, lease {lease['id']}"
 
 
 def leases_text(answer: Mapping[str, Any]) -> str:
-    return "\n".join(map(lease_text, answer["leases"])) or "no model is held"
+    return "\n".join(map(lease_text, answer["leases"])) or "no model is leased"
 
 
 def operation_text(answer: Mapping[str, Any]) -> str:
@@ -562,7 +560,7 @@ def operation_text(answer: Mapping[str, Any]) -> str:
         read = answer["prefetched_bytes"] / _MIB
         return f"{model}: {read:.1f} MiB read in {answer['duration_ms']} ms"
     if not answer["changed"]:
-        return f"{model}: {answer['residency']} already"
+        return f"{model}: already {answer['residency']}"
     moved = [f"{move['model']} went to {move['after']}" for move in answer["evicted"]]
     rest = f" ({', '.join(moved)})" if moved else ""
     return (
@@ -584,8 +582,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     memory = plan["memory"]
     sizes = {name: f"{memory[name]['device_bytes'] / _MIB:.1f} MiB" for name in memory}
     lines.append(
-        f"  models hold {sizes['before']} now, up to {sizes['peak']} during it, {sizes['after']} "
-        f"after it; the budget is {sizes['budget']}"
+        f"  models hold {sizes['before']} now, up to {sizes['peak']} during the switch, "
+        f"{sizes['after']} after it; the budget is {sizes['budget']}"
     )
     lines.append(f"  about {plan['cost_s']} s to bring {plan['model']} up")
     return "\n".join(lines)
@@ -595,7 +593,7 @@ def _waking_text(waking: Mapping[str, int] | None) -> str:
     if waking is None:
         return ""
     done, total = (waking[name] / _MIB for name in ("done_bytes", "total_bytes"))
-    return f"  wakes: {done:.1f} of {total:.1f} MiB"
+    return f"  waking: {done:.1f} of {total:.1f} MiB"
 
 
 def status_text(status: Mapping[str, Any]) -> str:

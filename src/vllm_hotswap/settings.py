@@ -149,7 +149,7 @@ class SwitchingConfig:
         Expected("true or false"),
         Field(
             description="whether a model that was loaded or woken is checked before it is "
-            "served: it generates a canary token, which must be that of its first load"
+            "served: it generates a canary token, which must equal that of its first load"
         ),
     ] = True
     predict: Annotated[
@@ -176,7 +176,7 @@ class SwitchingConfig:
     rate: Annotated[
         PerSecond,
         ABOVE_ZERO,
-        Field(description="sustained switches per second; further calls get 429"),
+        Field(description="sustained switches per second; additional requests get 429"),
     ] = 20.0
     burst: Annotated[
         CountAboveZero,
@@ -250,23 +250,23 @@ class LimitsConfig:
         ABOVE_ZERO,
         Field(
             description="requests that one model may have in flight; each prompt, item and "
-            "choice of a call counts. More get 429"
+            "choice of a request counts. More get 429"
         ),
     ] = 65_536
     requests_per_call: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="engine requests that one call may become: its prompts, items, documents "
-            "or conversations times `n`; more get 413"
+            description="engine requests that one request may become: its prompts, items, "
+            "documents or conversations times `n`; more get 413"
         ),
     ] = 2048
     answers_per_call: Annotated[
         CountAboveZero,
         ABOVE_ZERO,
         Field(
-            description="engine requests that one generating call may become: vLLM writes all "
-            "of their answers at once, and serves no other request while it does"
+            description="engine requests that one generating request may become: vLLM writes all "
+            "of their responses at once, and serves no other request while it does"
         ),
     ] = 1024
     grammar_bytes: Annotated[
@@ -317,8 +317,8 @@ class LimitsConfig:
         Count | None,
         PER_MINUTE,
         Field(
-            description="calls per minute for each key, however many prompts each has; more get "
-            "429. 0: any number; null: any number on loopback, 30000 elsewhere. A number "
+            description="requests per minute for each key, however many prompts each has; more "
+            "get 429. 0: any number; null: any number on loopback, 30000 elsewhere. A number "
             "also applies to callers without a key, to all of them together"
         ),
     ] = None
@@ -334,7 +334,7 @@ class LimitsConfig:
         Count | None,
         PER_MINUTE,
         Field(
-            description="switches per minute for each user key: calls that move models, and, in "
+            description="switches per minute for each user key: requests to move models, and, in "
             "the mode `auto`, requests that are the first to wait for a model; null: any "
             "number on loopback, 60 elsewhere"
         ),
@@ -403,8 +403,8 @@ class LimitsConfig:
         ABOVE_ZERO,
         Field(
             description="refusals (4xx) per second that a client address, or a known key, gets "
-            "without delay, and three times as many in one burst. Further ones are delayed, "
-            "by at most 5 seconds. Behind a proxy, name the proxy with "
+            "without delay, and three times as many in one burst. Additional ones are "
+            "delayed, by at most 5 seconds. Behind a proxy, name the proxy with "
             "`--forwarded-allow-ips`"
         ),
     ] = 10
@@ -636,7 +636,7 @@ class GroupConfig:
     min_max_wait: Annotated[
         Seconds,
         AT_LEAST_ZERO,
-        Field(description="auto: the shortest time, in seconds, that `x-hotswap-max-wait` gives"),
+        Field(description="auto: the shortest time, in seconds, that `x-hotswap-max-wait` can set"),
     ] = 5.0
     requests_per_minute: Annotated[
         Count | None,
@@ -776,15 +776,15 @@ VARIABLES: Mapping[str, str] = {
     "VLLM_HOTSWAP_ADMIN_KEY_FILE": "a file with admin keys; `--admin-key-file` overrides it",
     "VLLM_HOTSWAP_API_KEY_FILE": "a file with user keys; `--api-key-file` overrides it",
     "VLLM_HOTSWAP_PASS_ON": "comma-separated names of additional variables to pass on to "
-    "the engine host ([configuration](configuration.md#what-the-engine-host-"
-    "is-told))",
-    "VLLM_HOTSWAP_AUDIT_LOG": "a file that gets one line for each call that changes state; "
+    "the engine host ([configuration](configuration.md#the-engine-hosts-"
+    "environment))",
+    "VLLM_HOTSWAP_AUDIT_LOG": "a file that gets one line for each request that changes state; "
     "`--audit-log` overrides it",
-    "VLLM_HOTSWAP_CUDA_SLEEP": "`0`: on CUDA, models lie in torch's own memory, and are parked or "
+    "VLLM_HOTSWAP_CUDA_SLEEP": "`0`: on CUDA, models use torch's own memory, and are parked or "
     "unloaded ([NVIDIA GPUs](guides/gpu.md#without-sleep))",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "user keys, separated by commas or spaces; `--api-key` overrides it",
-    FORWARDED_VARIABLE: "uvicorn's: proxies trusted to tell where a request comes from; "
+    FORWARDED_VARIABLE: "uvicorn's: proxies that are trusted to name the client of a request; "
     "`--forwarded-allow-ips` overrides it",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "accepted, not needed, not passed on; see `adapters`",

@@ -278,7 +278,7 @@ def _place_of_character(path: Path, text: str, position: int) -> str:
     column = position - text.rfind("\n", 0, position)
     character = f"U+{ord(text[position]):04X}"
     return (
-        f"{path}:{line}: is not valid YAML: the control character {character} stands in column "
+        f"{path}:{line}: is not valid YAML: the control character {character} is in column "
         f"{column}; delete it, or write it as an escape in double quotes"
     )
 
@@ -334,7 +334,7 @@ class _Loader(yaml.SafeLoader):
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self._open:
-                self._refuse(f"the alias *{event.anchor} stands inside &{event.anchor}", event)
+                self._refuse(f"the alias *{event.anchor} is inside &{event.anchor}", event)
             return super().compose_node(parent, index)
         if len(self._open) == MAX_DEPTH:
             self._refuse(f"more than {MAX_DEPTH} levels of lists and mappings", event)
@@ -381,7 +381,9 @@ class _Loader(yaml.SafeLoader):
 
 def _wrong_tag(node: Node) -> ConstructorError:
     tag = node.tag.removeprefix(_TAG)
-    return ConstructorError(None, None, f"what is tagged !!{tag} is not one", node.start_mark)
+    return ConstructorError(
+        None, None, f"the value tagged !!{tag} does not fit the tag", node.start_mark
+    )
 
 
 def _items(node: Node | None) -> Iterator[Node]:
@@ -425,7 +427,7 @@ def _mapping(loader: _Loader, node: MappingNode) -> dict[str, Any]:
 
 def _key(node: Node) -> str:
     if not isinstance(node, ScalarNode):
-        raise ConstructorError(None, None, "found unhashable key", node.start_mark)
+        raise ConstructorError(None, None, "a key must be a scalar", node.start_mark)
     value = read_scalar(node.value) if node.tag == _PLAIN else node.value
     if isinstance(value, Surprising):
         value = value.value

@@ -101,7 +101,7 @@ CASES = {
     ),
     "quant_config asks for a calibration": Case(
         "FOLDER/models.yaml:1: models.llama: QUANT_CONFIG is 'FOLDER/measure.json', whose "
-        "mode is MEASURE; with several models in a process nothing of it would be saved; "
+        "mode is MEASURE; with several models in one process no measurements would be saved; "
         "calibrate with plain vLLM, and name a file whose "
         "mode is QUANTIZE",
         more=", quant_config: measure.json",

@@ -296,7 +296,7 @@ def test_replaced_files_are_answered_with(server: ServerProcess, folder: Path) -
     [
         ("high", "LoRA rank 17 is greater than max_lora_rank 16"),
         ("sql", "LoRA rank 20 is greater than max_lora_rank 16"),
-        ("foreign", "it has weights for layer 9, and its base model's layers end with 3"),
+        ("foreign", "it has weights for layer 9, but the last layer of its base model is 3"),
         ("wide", "cannot be loaded: "),
         ("none", "there is no such folder"),
     ],

@@ -78,7 +78,7 @@ class Knowledge:
         try:
             service, self.advisories, known = ask(pip_audit(ENVIRONMENT), self.pins)
         except NotReached as error:
-            print(f"audit: no service was reached ({error}); what follows is from the record alone")
+            print(f"audit: no service was reached ({error}); using only the record")
             return
         self.source = f"{service}, by pip-audit"
         self.known.update(known)
@@ -107,7 +107,7 @@ class Knowledge:
     def write(self, path: Path) -> int:
         """Write the record from what is known; return an exit code."""
         if not self.known:
-            print("audit: error: nothing to record; the record stays as it is", file=sys.stderr)
+            print("audit: error: nothing to record; the record is unchanged", file=sys.stderr)
             return 2
         there = [it for it in self.advisories if any(it.concerns(pin) for pin in self.known)]
         today = dt.datetime.now(dt.UTC).date()
@@ -126,7 +126,7 @@ def report(known: Knowledge, accepted: Sequence[Accepted], is_strict: bool) -> i
             ids = ", ".join(it.advisory.id for it in covered if it.pinned == pin)
             print(f"audit: accepted: {pin.name} {pin.version}: {ids}: {decision.reason}")
     for package, name in unneeded(accepted, found):
-        print(f"audit: accepted.toml has {package} {name}, which nothing needs now")
+        print(f"audit: accepted.toml has {package} {name}, which is no longer needed")
     unknown = [pin for pin in known.pins if pin not in known.known]
     if unknown:
         print(f"audit: nothing is known of {listed(unknown)}: run make audit-record with a network")
@@ -154,21 +154,21 @@ def listed(pins: Sequence[Pinned]) -> str:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="audit",
-        description="Known vulnerabilities of the pins. Versions that nobody has looked up are "
-        "named, and do not fail: the record covers few packages.",
-        epilog="Exit codes: 0 if nothing is known but what was accepted; 1 if something is; 2 if "
-        "a file cannot be used, or, with --strict, a version was not looked up.",
+        description="List known vulnerabilities of the pins. Versions that were not looked up are "
+        "listed, but are not failures: the record covers few packages.",
+        epilog="Exit codes: 0 if all known vulnerabilities are accepted; 1 if one is not; 2 if a "
+        "file cannot be used, or, with --strict, a version was not looked up.",
     )
     parser.add_argument("lists", nargs="*", type=Path, metavar="LIST", help="default: all of them")
-    parser.add_argument("--offline", action="store_true", help="read the record and ask nobody")
+    parser.add_argument(
+        "--offline", action="store_true", help="read only the record, without a network"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="fail (2) if a version was not looked up"
     )
-    parser.add_argument("--record", action="store_true", help="write the record anew")
-    parser.add_argument("--database", type=Path, help="a folder of advisories in the OSV form")
-    parser.add_argument(
-        "--source", default="a database", help="what the record says of that folder"
-    )
+    parser.add_argument("--record", action="store_true", help="rewrite the record")
+    parser.add_argument("--database", type=Path, help="a folder of advisories in the OSV format")
+    parser.add_argument("--source", default="a database", help="name of that folder in the record")
     parser.add_argument("--advisories", type=Path, default=LISTS / "advisories.toml")
     parser.add_argument("--accepted", type=Path, default=LISTS / "accepted.toml")
     args = parser.parse_args(argv)

@@ -120,8 +120,8 @@ class Finding:
                 f"{where}, or accept it in accepted.toml with a reason"
             )
         return (
-            f"{self.pinned.name} {self.pinned.version}: {names}, fixed in no version: do without "
-            f"the package in {where}, or accept it in accepted.toml with a reason"
+            f"{self.pinned.name} {self.pinned.version}: {names}, not fixed in any version: remove "
+            f"the package from {where}, or accept it in accepted.toml with a reason"
         )
 
 

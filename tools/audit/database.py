@@ -34,7 +34,7 @@ def advisories_in(folder: Path, packages: frozenset[str]) -> Iterator[Advisory]:
             except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
                 what = " ".join(str(error).split()) or type(error).__name__
                 raise RecordError(
-                    f"{path} is no advisory in the OSV form: {what}; mend it, or take it out"
+                    f"{path} is not an advisory in the OSV format: {what}; correct or remove it"
                 ) from None
 
 
@@ -84,7 +84,7 @@ def _spans(events: Sequence[Mapping[str, str]]) -> Iterator[str]:
         ((kind, version),) = event.items()
         if kind == "introduced":
             if not is_version(version):
-                raise ValueError(f"introduced in {version!r}, which is no version")
+                raise ValueError(f"introduced in {version!r}, which is not a version")
             since, is_open = "" if version == "0" else f">={version},", True
         elif is_open and kind in END and is_version(version):
             yield f"{since}{END[kind]}{version}"

@@ -20,8 +20,8 @@ from tools.audit.advisories import Accepted, Advisory, Pinned
 
 HEAD = """\
 # The published vulnerabilities of the versions that the lists pin, as of the day below.
-# `make audit` reads this beside what a service on the network says, and alone without one.
-# `make audit-record` makes it anew. It says nothing about versions that looked_up lacks.
+# `make audit` reads this in addition to a service on the network, or alone without one.
+# `make audit-record` rewrites it. It says nothing about versions that looked_up lacks.
 """
 
 
@@ -70,7 +70,7 @@ def load(path: Path) -> Record:
             ),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise RecordError(f"{path.name}: {error!r}; make it anew with make audit-record") from None
+        raise RecordError(f"{path.name}: {error!r}; rewrite it with make audit-record") from None
 
 
 def load_accepted(path: Path) -> list[Accepted]:

@@ -52,7 +52,7 @@ def ask(program: Path, pins: Iterable[Pinned]) -> tuple[str, list[Advisory], lis
         if answer is None:
             said.append(f"{service}: {words}")
         elif not answer.get(KNOWN, ()):
-            said.append(f"{service}: knows nothing, not even of {KNOWN[0]} {KNOWN[1]}")
+            said.append(f"{service}: knows nothing, not even about {KNOWN[0]} {KNOWN[1]}")
         else:
             known = [pin for pin in asked if answer.get((pin.published_as, pin.public)) is not None]
             return service, [it for found in answer.values() for it in found or ()], known

@@ -55,12 +55,14 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
     the length is compared.
     """
     if len(found.steps) != len(expected.steps):
-        fault = f"{len(found.steps)} tokens were said, not {len(expected.steps)}"
+        fault = f"{len(found.steps)} tokens were generated, not {len(expected.steps)}"
         return Comparison([fault], 0.0, 0)
     furthest = 0.0
     for number, (wanted, seen) in enumerate(zip(expected.steps, found.steps, strict=True)):
         if unknown := [token for token, value in seen if not math.isfinite(value)]:
-            fault = f"step {number}: the logarithmic probability of token {unknown[0]} is no number"
+            fault = (
+                f"step {number}: the logarithmic probability of token {unknown[0]} is not a number"
+            )
             return Comparison([fault], furthest, number)
         by_token, least = dict(seen), seen[-1][1]
         for token, value in wanted:
@@ -77,7 +79,7 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
         likeliest, most = max(seen, key=lambda pair: pair[1])
         if most - seen[0][1] > tolerance and seen[0][0] not in dict(wanted):
             fault = (
-                f"step {number}: token {seen[0][0]} was chosen, which has {seen[0][1]:.3f}, and "
+                f"step {number}: token {seen[0][0]} was chosen, which has {seen[0][1]:.3f}, but "
                 f"token {likeliest} has {most:.3f}"
             )
             return Comparison([fault], furthest, number)
@@ -86,7 +88,7 @@ def compare(expected: Answer, found: Answer, tolerance: float) -> Comparison:
             if margin <= tolerance:
                 tie = (
                     f"step {number}: tokens {seen[0][0]} and {wanted[0][0]} are too near to each "
-                    "other to tell which is right; what follows is not compared"
+                    "other to decide which is right; later steps are not compared"
                 )
                 return Comparison([], furthest, number + 1, [tie])
             fault = f"step {number}: token {seen[0][0]} was chosen, not {wanted[0][0]}"
@@ -113,7 +115,7 @@ def _step(ranks: Mapping[str, float | None], said: int) -> Step:
         for name, value in ranks.items()
     }
     if said not in others:
-        raise ValueError(f"token {said} was said, and no probability of it is told")
+        raise ValueError(f"token {said} was generated, but its probability is missing")
     first = (said, others.pop(said))
     return [first, *sorted(others.items(), key=lambda pair: -pair[1])[: RANKS - 1]]
 

@@ -77,8 +77,8 @@ def clone() -> dict[str, Any]:
     here = None if spec is None or spec.origin is None else Path(spec.origin).parent
     is_ours = here is not None and digest(here) == digest(ROOT / "src" / OWN)
     other = (
-        f"{here or 'no package'} is what Python finds as {OWN}, and it is not the clone's; install "
-        "the clone anew: pip install ."
+        f"Python finds {here or 'no package'} as {OWN}, which is not the clone's; reinstall the "
+        "clone: pip install ."
     )
     return {
         "commit": commit(ROOT),
@@ -188,7 +188,7 @@ def device() -> dict[str, Any]:
         },
     }
     wrong = [
-        f"torch.hpu.{name} does not tell that 256 MiB come and go{so}"
+        f"torch.hpu.{name} does not show that 256 MiB come and go{so}"
         for name, so in NEEDED.items()
         if not follow[name]
     ]

@@ -118,17 +118,19 @@ def cycle_faults(cycle: Cycle, *, judges_weights: bool = True) -> list[str]:
         faults += _weights_kept(cycle)
     more = _more(cycle)
     if more > SLACK_BYTES:
-        faults.append(f"{_mib(more)} more of the device are in use than before")
+        faults.append(f"{_mib(more)} more of the device is in use than before")
     told = cycle.after.told_device_bytes - cycle.before.told_device_bytes
     if abs(told) > SLACK_BYTES or cycle.after.told_host_bytes != cycle.before.told_host_bytes:
-        faults.append("the server says that the model holds other memory than before")
+        faults.append(
+            "the server says that the model holds a different amount of memory than before"
+        )
     return faults
 
 
 def notes(cycle: Cycle) -> list[str]:
     """Return what is worth reading, and is not wrong: software may keep less than it did before."""
     less = -_more(cycle)
-    return [f"{_mib(less)} less of the device are in use than before"] * (less > SLACK_BYTES)
+    return [f"{_mib(less)} less of the device is in use than before"] * (less > SLACK_BYTES)
 
 
 def _more(cycle: Cycle) -> int:
@@ -160,14 +162,14 @@ def _gone(cycle: Cycle) -> list[str]:
     told = cycle.before.told_device_bytes - cycle.away.told_device_bytes
     if given < MOST * _needed(cycle):
         faults.append(
-            f"{_mib(given)} of the device were given back, and the model's KV memory alone is "
+            f"{_mib(given)} of the device were given back, but the model's KV memory alone is "
             f"{_mib(_needed(cycle))}"
         )
     if abs(told - given) > SLACK_BYTES:
         faults.append(f"the server says that {_mib(told)} were given back; it was {_mib(given)}")
     if cycle.way == "asleep" and cycle.away.told_host_bytes < MOST * cycle.weights_bytes:
         faults.append(
-            f"the server says that {_mib(cycle.away.told_host_bytes)} are in host memory, and the "
+            f"the server says that {_mib(cycle.away.told_host_bytes)} are in host memory, but the "
             f"model's weights are {_mib(cycle.weights_bytes)}"
         )
     if cycle.way == "cold" and (cycle.away.told_device_bytes or cycle.away.told_host_bytes):
@@ -185,7 +187,7 @@ def _weights_kept(cycle: Cycle) -> list[str]:
         return []
     return [
         (
-            f"tensors of {_mib(given)} have left the device, and the model's KV memory and "
+            f"tensors of {_mib(given)} have left the device, but the model's KV memory and "
             f"weights are {_mib(whole)}"
         )
     ]

@@ -95,9 +95,9 @@ class Kind:
         if told["status"] != 400:
             wrong.append("a sleep of level 2 is not refused")
         elif NO_LEVEL_2 not in told["body"]:
-            wrong.append(f"a sleep of level 2 is refused for something else: {told['body']}")
+            wrong.append(f"a sleep of level 2 is refused for another reason: {told['body']}")
         if after != before:
-            wrong.append(f"a sleep of level 2 is to change nothing; {PAIR[1]} is {after}")
+            wrong.append(f"a sleep of level 2 must change nothing, but {PAIR[1]} is {after}")
         return {**told, "wrong": wrong}
 
     def all_of(self, way: Way) -> None:
@@ -126,7 +126,7 @@ class Kind:
             "wrong": [
                 *cycle_faults(cycle, judges_weights=self._judges_weights),
                 *expected["wrong"],
-                *(f"otherwise than before: {fault}" for fault in own["wrong"]),
+                *(f"different than before: {fault}" for fault in own["wrong"]),
             ],
             "notes": [*notes(cycle), *expected["notes"]],
         }
@@ -148,7 +148,7 @@ def compared(
 def grown(cycles: Sequence[Cycle], wanted: int) -> dict[str, Any]:
     """Compare the first cycles with the last."""
     if len(cycles) < wanted:
-        return {"wrong": [f"{wanted - len(cycles)} of {wanted} cycles have failed"]}
+        return {"wrong": [f"{wanted - len(cycles)} of {wanted} cycles failed"]}
     found = growth(cycles)
     return {"cycles": len(cycles), **found.written(), "wrong": found.faults()}
 
@@ -193,8 +193,8 @@ def refusal(server: Server) -> dict[str, Any]:
     except RuntimeError as error:
         told = str(error)
     else:
-        return {"wrong": [f"a server is started, though {QUANTISATION} names no file"]}
-    wrong = [f"it is not refused for what {QUANTISATION} names: {told}"]
+        return {"wrong": [f"a server starts, although {QUANTISATION} does not name a file"]}
+    wrong = [f"it is not refused because of {QUANTISATION}: {told}"]
     return {"told": told, "wrong": [] if REFUSED.search(told) else wrong}
 
 
@@ -225,7 +225,7 @@ def opened(path: Path) -> Results:
     try:
         if path.exists() and path.stat().st_size:
             raise Unusable(
-                f"{path} is there already, perhaps with results of an earlier run; name another "
+                f"{path} already exists, perhaps with results of an earlier run; name another "
                 "file, or move it away"
             )
         return Results(path)
@@ -237,25 +237,28 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.gaudi.check")
     parser.add_argument("out", type=Path, help="the file of results")
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--eager-only", action="store_true", help="leave out torch.compile")
+    only.add_argument("--eager-only", action="store_true", help="only eager, without torch.compile")
     only.add_argument(
-        "--compiled-only", action="store_true", help="only torch.compile: leave out what is eager"
+        "--compiled-only", action="store_true", help="only torch.compile, without eager"
     )
     parser.add_argument(
-        "--cycles", type=int, default=CYCLES, help=f"of each way, 6 or more (default: {CYCLES})"
+        "--cycles",
+        type=int,
+        default=CYCLES,
+        help=f"cycles of each way, 6 or more (default: {CYCLES})",
     )
     parser.add_argument(
         "--ways",
         nargs="+",
         choices=WAYS,
         default=WAYS,
-        help="only these; without cold, no model is unloaded (default: all)",
+        help="only these ways; without cold, no model is unloaded (default: all)",
     )
     args = parser.parse_args(argv)
     if args.cycles < LEAST_CYCLES:
         parser.error(
-            f"--cycles is at least {LEAST_CYCLES}, three for each model: the first two fill "
-            "caches, and growth is told from the others"
+            f"--cycles must be at least {LEAST_CYCLES}, three for each model: the first two fill "
+            "caches, and the others show growth"
         )
     return args
 
@@ -293,11 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(results, args)
     except KeyboardInterrupt:
-        print(f"check-gaudi: interrupted; {args.out} has what was done", file=sys.stderr)
+        print(f"check-gaudi: interrupted; {args.out} has the results so far", file=sys.stderr)
         return INTERRUPTED
     except Unwritable as error:
         print(f"check-gaudi: error: {error}", file=sys.stderr)
         return UNUSABLE
-    told = "all is well" if results.all_well else "not all is well"
-    say(f"check-gaudi: {told}; {args.out} has the results, send it back as it is")
+    told = "all checks passed" if results.all_well else "some checks failed"
+    say(f"check-gaudi: {told}; {args.out} has the results, send it back unchanged")
     return 0 if results.all_well else 1

@@ -79,8 +79,8 @@ class Results:
                 file.write(json.dumps(written, allow_nan=False) + "\n")
         except OSError as error:
             raise Unwritable(
-                f"{self._path} can't be written: {error.strerror}; it has the results so far, name "
-                "another file and begin again"
+                f"{self._path} can't be written: {error.strerror}; it has the results so far; name "
+                "another file and start again"
             ) from error
         wrong = "; ".join(written.get("wrong", []))
         told = f"{'ok  ' if result['ok'] else 'BAD '} {result['check']}  {wrong}"

@@ -57,8 +57,8 @@ def check_free(free: int) -> None:
     """Raise `Unusable` if so few bytes are free that not even the tiny models fit."""
     if free < NEEDED_BYTES:
         raise Unusable(
-            f"only {free / GIB:.1f} GiB of the GPU's memory are free, and the tiny models take "
-            f"{NEEDED_BYTES / GIB:.0f}; nvidia-smi shows what holds the rest: end that, or name "
+            f"only {free / GIB:.1f} GiB of the GPU's memory are free, but the tiny models need "
+            f"{NEEDED_BYTES / GIB:.0f}; nvidia-smi shows what holds the rest: stop that, or name "
             "another GPU in CUDA_VISIBLE_DEVICES"
         )
 

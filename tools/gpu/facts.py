@@ -67,10 +67,10 @@ def memory(say: Say, driver: Driver, free_before: int | None) -> None:
     free, total = driver.memory_info()
     say.fact("total", "memory of the device", total // MIB, "MiB")
     is_enough = free >= NEEDED_BYTES - CONTEXT_BYTES
-    told = "" if is_enough else "end what uses the GPU, or name another one: CUDA_VISIBLE_DEVICES"
+    told = "" if is_enough else "stop what uses the GPU, or name another one: CUDA_VISIBLE_DEVICES"
     say.check("free", "free, beside a context", is_enough, free // MIB, "MiB", told)
     if free_before is None:
-        say.fact("others", "held by other processes", "not told here (MIG, or no NVML)")
+        say.fact("others", "held by other processes", "not known here (MIG, or no NVML)")
         return
     say.fact("others", "held by other processes", max(0, total - free_before) // MIB, "MiB")
     say.fact("context", "a context", max(0, free_before - free) // MIB, "MiB")
@@ -93,7 +93,7 @@ def _smi(query: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_S, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "not told"
+        return "not known"
     return done.stdout.strip()
 
 

@@ -34,7 +34,7 @@ def run(_task: Task, say: Say) -> None:
     }
     version = 3 if major == HOPPER else 2
     if major < AMPERE:
-        told = "not checked: it needs compute capability 8.0; vLLM takes another attention here"
+        told = "not checked: it needs compute capability 8.0; vLLM uses another attention here"
         say.fact("FlashAttention", "FlashAttention", told)
     for size in HEAD_SIZES if major >= AMPERE else ():
         checks[f"FlashAttention {version}, heads of {size}"] = _attention(size, version)

@@ -87,7 +87,7 @@ def _copies(say: Say, driver: Driver, size: int) -> None:
     say.fact("to_device", "host to device, pinned", to_device, "GB/s")
     say.fact("to_host", "device to host, pinned", to_host, "GB/s")
     back = ctypes.string_at(host, SMALL)
-    say.check("same", "what was copied there and back is the same", back == bytes([MARK]) * SMALL)
+    say.check("same", "data copied there and back is the same", back == bytes([MARK]) * SMALL)
     zero = rates(size, lambda: driver.zero(at, size, stream))
     say.fact("zero", "writing zeros", zero, "GB/s")
     pageable = mmap.mmap(-1, SMALL, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

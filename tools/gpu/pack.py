@@ -183,7 +183,7 @@ def _download(folder: Path, options: Options, wanted: Sequence[str]) -> None:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise PackError(
             f"pip cannot download for Python {options.python}: {' '.join(lines[-2:])}; leave "
-            "packages out by --without, or name a folder that has them: --wheels"
+            "packages out with --without, or name a folder that has them with --wheels"
         )
 
 
@@ -193,7 +193,7 @@ def install(wheel: Path, site: Path, options: Options) -> None:
     try:
         archive = zipfile.ZipFile(wheel)
     except zipfile.BadZipFile as error:
-        raise PackError(f"{wheel.name} is no wheel: {error}") from error
+        raise PackError(f"{wheel.name} is not a wheel: {error}") from error
     with archive:
         for info in archive.infolist():
             name = _placed(info.filename)
@@ -226,11 +226,12 @@ def _thin(site: Path, sm: int) -> None:
         try:
             kept, gone = thin(path, sm)
         except NoFatbin as error:
-            print(f"pack: {path.name} stays as it is: {error}")
+            print(f"pack: {path.name} is kept unchanged: {error}")
             continue
         if gone:
             print(
-                f"pack: {path.name}: {kept / MIB:.1f} MiB of code kept, {gone / MIB:.1f} MiB gone"
+                f"pack: {path.name}: {kept / MIB:.1f} MiB of code kept, "
+                f"{gone / MIB:.1f} MiB removed"
             )
 
 
@@ -311,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pack: {name}: {nbytes / MIB:.1f} MiB")
     count = len(list(args.out.glob("part.*")))
     print(f"pack: {sum(sizes.values()) / MIB:.1f} MiB in {count} parts of {args.out}")
-    print("pack: there: python3 unpack.py --run -- --budget-s 500")
+    print("pack: on the other machine: python3 unpack.py --run -- --budget-s 500")
     return 0
 
 
@@ -324,18 +325,22 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--without",
         default="",
         metavar="NAME,...",
-        help="packages that are there already, such as torch,nvidia-*,triton; '*': no wheels",
+        help="packages that it already has, such as torch,nvidia-*,triton; '*': no wheels",
     )
     parser.add_argument(
-        "--installed", type=Path, metavar="FILE", help="what `pip freeze` says there is there"
+        "--installed", type=Path, metavar="FILE", help="output of `pip freeze` there"
     )
-    parser.add_argument("--python", default=Options().python, help="of the other machine: 3.12")
-    parser.add_argument("--sm", type=int, help="leave vLLM's code for this kind of GPU alone: 90")
+    parser.add_argument(
+        "--python", default=Options().python, help="Python of the other machine, such as 3.12"
+    )
+    parser.add_argument(
+        "--sm", type=int, help="keep only vLLM's code for this kind of GPU, such as 90"
+    )
     parser.add_argument("--wheels", type=Path, help="a folder of wheels; nothing is downloaded")
-    parser.add_argument("--extra", type=Path, help="a folder to take along: caches")
+    parser.add_argument("--extra", type=Path, help="a folder to add, such as caches")
     parser.add_argument("--part-mib", type=int, default=60)
-    parser.add_argument("--level", type=int, default=6, help="of xz")
-    parser.add_argument("--work", type=Path, help="where to work: some GB (default: /tmp)")
+    parser.add_argument("--level", type=int, default=6, help="compression level of xz")
+    parser.add_argument("--work", type=Path, help="work folder; it needs some GB (default: /tmp)")
     return parser.parse_args(argv)
 
 

@@ -42,7 +42,7 @@ NAMES = tuple(phase.name for phase in PHASES)
 def chosen(names: Sequence[str]) -> list[Phase]:
     """Return these phases, in the order of importance. Raises ValueError on an unknown name."""
     if unknown := sorted(set(names) - set(NAMES)):
-        raise ValueError(f"{', '.join(unknown)}: no such phase; there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown phase: {', '.join(unknown)}; known: {', '.join(NAMES)}")
     return [phase for phase in PHASES if phase.name in names]
 
 

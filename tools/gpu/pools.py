@@ -176,10 +176,12 @@ def _cycles(say: Say, models: list[Model]) -> None:
     say.fact("wake", "wakes", up, "ms")
     speed = models[0].memory.host_bytes / 1e6 / median(up)
     say.fact("wake_speed", "wake, by bytes of weights", speed, "GB/s")
-    what = f"{CYCLES} sleeps gave back what the model held, but for"
+    what = f"{CYCLES} sleeps gave back what the model held, except"
     say.check("given", what, off <= NEAR, off / MIB, "MiB")
     say.check("whole", f"contents after {CYCLES} wakes are the same, KV memory zero", is_whole)
-    say.check("graphs", f"graphs after {CYCLES} wakes give the same", is_equal, by_kernels=True)
+    say.check(
+        "graphs", f"graphs after {CYCLES} wakes give the same results", is_equal, by_kernels=True
+    )
     grown = used() - first
     say.check("growth", "growth over these", grown <= NEAR, grown / MIB, "MiB")
 

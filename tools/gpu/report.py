@@ -84,7 +84,7 @@ def terminal(report: Report) -> str:
     if report.goals:
         blocks.append(render_table(_goal_table(report)))
     elif report.is_rehearsal:
-        blocks.append("A rehearsal: times on a stand-in say nothing, and no goal is judged.")
+        blocks.append("A rehearsal: times on a stand-in mean nothing, so no goal is judged.")
     bad = wrong(report.rows)
     blocks.append(f"{len(report.rows)} results, {len(bad)} wrong")
     blocks += [f"! {row.phase} {row.what}: {row.text} {row.note}".rstrip() for row in bad]

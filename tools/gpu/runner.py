@@ -90,7 +90,7 @@ class Check:
         """Run a phase, if there is time for it. Raises no error of the phase."""
         limit_s = phases.limit_s(phase, left_s)
         if limit_s is None:
-            self._ended(phase, f"not begun: it takes {phase.least_s} s at least", 0.0)
+            self._ended(phase, f"not started: it takes at least {phase.least_s} s", 0.0)
             return
         print(f"--- {phase.name}: {phase.what} (usually {phase.usual_s} s)", flush=True)
         before_s = time.monotonic()
@@ -103,7 +103,7 @@ class Check:
                 self._tell(Row(phase.name, "failed", "the phase failed", failure, right=False))
         except OutOfTime as error:
             if limit_s < phase.limit_s:  # the budget's end, which says nothing of the phase
-                state = f"cut: the time was over after {limit_s:.0f} s"
+                state = f"cut: out of time after {limit_s:.0f} s"
                 self._tell(Row(phase.name, "cut", "the phase was cut", state))
             else:
                 state = str(error)
@@ -128,8 +128,8 @@ def check_budget(first: Phase, budget_s: float | None) -> None:
     """Raise ValueError if there is no time for anything."""
     if phases.limit_s(first, budget_s) is None:
         raise ValueError(
-            f"--budget-s {budget_s:g} is too short for anything: {first.name} takes "
-            f"{first.least_s} s, and the end {phases.END_S:g}"
+            f"--budget-s {budget_s:g} is too short: {first.name} takes {first.least_s} s, "
+            f"and the end {phases.END_S:g} s"
         )
 
 
@@ -148,7 +148,7 @@ def run_alone(phase: Phase, task: Task, log: Path, limit_s: float) -> str | None
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             end(process)
-            why = f"it was not done in {limit_s:.0f} s; {log.name} has its log"
+            why = f"it was not finished within {limit_s:.0f} s; {log.name} has its log"
             raise OutOfTime(why) from None
         except BaseException:
             end(process)
@@ -161,7 +161,7 @@ def run_alone(phase: Phase, task: Task, log: Path, limit_s: float) -> str | None
 def cause(log: str) -> str:
     """Return the line of a log that says why, and the lines before it."""
     lines = [text for text in log_tail(log).splitlines() if text.strip()]
-    return "\n".join([lines[-1].strip(), *lines[:-1]]) if lines else "nothing is in its log"
+    return "\n".join([lines[-1].strip(), *lines[:-1]]) if lines else "its log is empty"
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -202,9 +202,9 @@ def exit_status(found: Report) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="check-gpu",
-        description="Whether vllm-hotswap works on the NVIDIA GPU of this machine, and how fast.",
-        epilog="Exit status: 0 if all is right; 1 if something is wrong; 2 if it cannot run here; "
-        "3 if all is right, and a goal of speed is missed.",
+        description="Check whether vllm-hotswap works on this machine's NVIDIA GPU, and how fast.",
+        epilog="Exit status: 0 if everything is right; 1 if something is wrong; 2 if it cannot run "
+        "here; 3 if everything is right, but a goal of speed is missed.",
     )
     parser.add_argument(
         "--phases",
@@ -217,12 +217,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--models", type=Path, help="where large models are made: 25 GB (default: below --out)"
     )
-    parser.add_argument("--keep-models", action="store_true", help="for the next run")
+    parser.add_argument("--keep-models", action="store_true", help="keep them for the next run")
     parser.add_argument(
         "--budget-s",
         type=float,
         metavar="SECONDS",
-        help="be done after so many: the most important phases first, as far as time allows",
+        help="finish within this time: the most important phases first, as many as fit",
     )
     parser.add_argument(
         "--docs", metavar="NAME", help="write docs/benchmarks/gpu/NAME.json and .md, too"
@@ -230,11 +230,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--rehearsal",
         action="store_true",
-        help="on a stand-in for the driver: small sizes, and nothing that only kernels can tell",
+        help="on a stand-in for the driver: small sizes, without checks that need real kernels",
     )
     args = parser.parse_args(argv)
     if args.docs and args.rehearsal:
         parser.error("--docs: a rehearsal has no figures of a GPU")
     if args.docs and not re.fullmatch(r"[\w.-]+", args.docs):
-        parser.error(f"--docs: {args.docs!r} is no name of a file; name the GPU, such as h200")
+        parser.error(f"--docs: {args.docs!r} is not a file name; name the GPU, such as h200")
     return args

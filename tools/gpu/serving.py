@@ -151,7 +151,7 @@ class Story:
     def _growth(self, key: str, what: str, used: list[int | None], most: float) -> None:
         told = [float(value) for value in used if value is not None]
         if not told or len(told) < len(used):
-            self.say.fact(f"drift.{key}", f"growth over {what}", "not told here (MIG, or no NVML)")
+            self.say.fact(f"drift.{key}", f"growth over {what}", "not known here (MIG, or no NVML)")
             return
         grown = drift(told)
         self.say.fact(f"used.{key}", f"device memory after each of the {what}", told, "MiB")
@@ -163,7 +163,7 @@ class Story:
         self, key: str, what: str, found: list[float], count: int | None, unit: str = "ms"
     ) -> None:
         """Report samples, and whether there are fewer than there should be."""
-        note = f"{len(found)} of {count}: the time was over" if count and len(found) < count else ""
+        note = f"{len(found)} of {count}: out of time" if count and len(found) < count else ""
         self.say.fact(key, what, found, unit, note)
 
     async def end(self, server: Server) -> None:

@@ -87,7 +87,7 @@ class Story:
         others = (await self._client.status())["memory"]["device"]["others"]
         self._say.fact("others", "held by others, says the server", others // MIB, "MiB")
         self._say.check("active", "the active model stays", found[ACTIVE] == "active")
-        await self._check("serves", "the active model serves on", ACTIVE)
+        await self._check("serves", "the active model still serves", ACTIVE)
 
     async def given_back(self, server: Server) -> None:
         for alias in NAMES:
@@ -108,7 +108,7 @@ class Story:
             return ""
 
         refusal = await until(attempt, lambda told: not told, LOOKS_S)
-        self._say.check(f"back.{alias}", f"{alias} is there again", not refusal, refusal or "yes")
+        self._say.check(f"back.{alias}", f"{alias} is back", not refusal, refusal or "yes")
         if not refusal:
             await self._check(f"same.{alias}", f"{alias} answers as before", alias)
 

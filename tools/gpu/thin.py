@@ -53,7 +53,7 @@ def section(data: bytes | bytearray, name: str) -> tuple[int, int]:
         NoFatbin: it is not such a file.
     """
     if data[:5] != b"\x7fELF\x02":
-        raise NoFatbin("it is no 64-bit ELF file")
+        raise NoFatbin("it is not a 64-bit ELF file")
     (table,) = struct.unpack_from("<Q", data, 0x28)
     entry, count, names = struct.unpack_from("<HHH", data, 0x3A)
     found = [struct.unpack_from("<IIQQQQ", data, table + i * entry) for i in range(count)]
@@ -89,7 +89,7 @@ def _entries(data: bytes | bytearray, at: int, stop: int) -> tuple[Entry, ...]:
         found.append(Entry(kind, sm, bytes(data[at : at + head + body])))
         at += head + body
     if at != stop:
-        raise NoFatbin(f"a container ends at {at}, and should at {stop}")
+        raise NoFatbin(f"a container ends at {at}, not at {stop}")
     return tuple(found)
 
 

@@ -69,10 +69,10 @@ def checked(parts: Path) -> list[str]:
     wanted = [line.split() for line in sums.read_text(encoding="ascii").splitlines()]
     missing = [name for _, name in wanted if not (parts / name).is_file()]
     if missing:
-        raise UnpackError(f"{', '.join(missing)} is missing; bring it to {parts}")
+        raise UnpackError(f"{', '.join(missing)} is missing; copy it to {parts}")
     for digest, name in wanted:
         if hashlib.sha256((parts / name).read_bytes()).hexdigest() != digest:
-            raise UnpackError(f"{name} is not as it was packed; bring it again")
+            raise UnpackError(f"{name} differs from what was packed; copy it again")
     return [name for _, name in wanted]
 
 
@@ -111,8 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="unpack", description="Put the parts together.")
     parser.add_argument("--parts", type=Path, default=Path(__file__).parent)
     parser.add_argument("--to", type=Path, default=Path("check-gpu"))
-    parser.add_argument("--run", action="store_true", help="run the check then")
-    parser.add_argument("arguments", nargs="*", help="of the check, after --")
+    parser.add_argument("--run", action="store_true", help="then run the check")
+    parser.add_argument("arguments", nargs="*", help="arguments of the check, after --")
     args = parser.parse_args(argv)
     before_s = time.monotonic()
     try:

@@ -32,14 +32,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="tools.tiny_models", description="Make the tiny models of vllm-hotswap."
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder for the models")
-    parser.add_argument("--only", choices=sorted(MAKERS), action="append", help="make only this")
+    parser.add_argument(
+        "--only", choices=sorted(MAKERS), action="append", help="make only this model; repeatable"
+    )
     parser.add_argument(
         "--continue",
         type=int,
         default=0,
         dest="more",
         metavar="STEPS",
-        help="train the chat models on, for STEPS steps; take another seed than before",
+        help="continue training the chat models for STEPS steps; use a seed not used before",
     )
     parser.add_argument("--seed", type=int, default=1, help="seed of weights and examples")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads to use")

@@ -64,7 +64,7 @@ def _check(tree: Tree, version: str) -> int:
     print(
         f"check-vllm: vllm {version}: {len(uses.names)} uses, {len(uses.overrides)} overridden "
         f"methods, {len(declared)} declared names: "
-        + (f"{len(found)} problems" if found else "all are there")
+        + (f"{len(found)} problems" if found else "no problems")
     )
     return 1 if found else 0
 
@@ -77,16 +77,16 @@ def _tell_changes(tree: Tree, version: str, uses: Uses) -> None:
     names = [use.name for use in uses.names] + [override.name for override in uses.overrides]
     names += [name for seam in seams() if not seam.said_in for name in seam.names]
     for name in changed(Tree(folder), tree, names):
-        print(f"to be read, its code is not that of {base}: {name}")
+        print(f"read this, its code differs from {base}: {name}")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="check-vllm", description=__doc__)
     newest = max((*RUN_ON, *READ_ON), key=numbers)
     parser.add_argument("version", nargs="?", default=newest, help="(default: %(default)s)")
-    parser.add_argument("--sources", type=Path, help="folder that holds a folder `vllm`")
+    parser.add_argument("--sources", type=Path, help="folder with a folder `vllm` in it")
     parser.add_argument(
-        "--cache", type=Path, default=ROOT / "build" / "vllm-sources", help="of downloads"
+        "--cache", type=Path, default=ROOT / "build" / "vllm-sources", help="folder of downloads"
     )
     return parser.parse_args(argv)
 

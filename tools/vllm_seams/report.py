@@ -114,7 +114,7 @@ def _overrides(tree: Tree, overrides: Iterable[Override], known: Known) -> Itera
 def _seam(tree: Tree, seam: Seam) -> Iterator[Problem]:
     if seam.said_in:
         if not says(tree, seam.said_in, seam.names[0]):
-            yield Problem(seam.said_in, f"says nothing of {seam}", "declared")
+            yield Problem(seam.said_in, f"does not mention {seam}", "declared")
         return
     found = next((name for name in seam.names if tree.has(name)), None)
     if found is None:

@@ -64,7 +64,7 @@ class Signature:
             return f"has no parameter {', '.join(unknown)}"
         missing = self.required - given - set(self.positional[:positional])
         if is_whole and missing:
-            return f"wants {', '.join(sorted(missing))}, too"
+            return f"also needs {', '.join(sorted(missing))}"
         return None
 
     def __str__(self) -> str:

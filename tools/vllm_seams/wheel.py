@@ -51,7 +51,7 @@ def installed_sources(version: str) -> Path | None:
 def _download(version: str, cache: Path) -> Path:
     """Return the wheel's file. pip shows the progress, and looks where it is configured to look."""
     cache.mkdir(parents=True, exist_ok=True)
-    print(f"check-vllm: downloading vllm {version}, some 300 MB, to read it", flush=True)
+    print(f"check-vllm: downloading vllm {version}, about 300 MB, to read it", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(cache)]
     command += [word for platform in PLATFORMS for word in ("--platform", platform)]

@@ -127,8 +127,8 @@ def check_quantisation(vllm_config: Any, environment: Mapping[str, str]) -> None
     mode = str(settings.get("mode")).strip().upper()
     if mode in CALIBRATING:
         raise ConfigError(
-            f"{QUANT_VARIABLE} is {file!r}, whose mode is {mode}; with several models in a "
-            "process nothing of it would be saved; calibrate with plain vLLM, and name a file "
+            f"{QUANT_VARIABLE} is {file!r}, whose mode is {mode}; with several models in one "
+            "process no measurements would be saved; calibrate with plain vLLM, and name a file "
             "whose mode is QUANTIZE"
         )
 
@@ -140,12 +140,12 @@ class _Unfit(Exception):
 def _quantisation(file: str) -> Mapping[str, Any]:
     """What its file says. Raises `_Unfit`, whatever the file is."""
     or_none = f"correct it, or set {QUANT_KEY}: null for a model that is not quantised"
-    as_the_page = "correct it, as the plugin's page about calibration has it"
+    as_the_page = "correct it, as the plugin's page about calibration describes"
     if not file:
-        raise _Unfit(f", which names no file; {or_none}")
+        raise _Unfit(f", which does not name a file; {or_none}")
     try:
         if not stat.S_ISREG(Path(file).stat().st_mode):
-            raise _Unfit(f", which is no file that can be read; {or_none}")
+            raise _Unfit(f", which is not a regular file; {or_none}")
         with Path(file).open("rb") as opened:
             content = opened.read(LARGEST_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -157,11 +157,9 @@ def _quantisation(file: str) -> Mapping[str, Any]:
     try:
         settings = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise _Unfit(
-            f", which is not JSON that can be read: {one_line(error)}; {as_the_page}"
-        ) from error
+        raise _Unfit(f", which is not valid JSON: {one_line(error)}; {as_the_page}") from error
     if not isinstance(settings, dict):
-        raise _Unfit(f", which is JSON, but no object; {as_the_page}")
+        raise _Unfit(f", which is not a JSON object; {as_the_page}")
     return settings
 
 
@@ -177,7 +175,7 @@ def _why_not_allowed() -> str | None:
         return None
     return (
         f"{PLUGINS_VARIABLE} is {wanted!r}, which does not name {DEVICE_TYPE} (without spaces, in "
-        "small letters); unset it, or add that"
+        "lower case); unset it, or add that"
     )
 
 
@@ -260,8 +258,8 @@ def _why_not_matching() -> str | None:
     plugin, vllm = _versions()
     if not plugin:
         return (
-            f"the metadata of {PLUGIN} in {sys.prefix} cannot be read, as after an installation "
-            "that was cut off; install it anew"
+            f"the metadata of {PLUGIN} in {sys.prefix} cannot be read, perhaps after an "
+            "interrupted installation; reinstall it"
         )
     of_plugin, of_vllm = _release(plugin), _release(vllm)
     if of_plugin is None or of_vllm is None or of_plugin == of_vllm:

@@ -44,8 +44,8 @@ def refusal_of(error: BaseException) -> Any:
         from vllm.exceptions import VLLMValidationError
 
         return VLLMValidationError(
-            "the tokenizer cannot read a text of the request, perhaps for half of a surrogate "
-            "pair in it; send whole characters"
+            "the tokenizer cannot read a text of the request, perhaps because of half of a "
+            "surrogate pair in it; send complete characters"
         )
     return None
 

@@ -94,12 +94,12 @@ GROUPS = (
 )
 KERNELS = "kernels that the model's configuration has chosen"
 POINTERS = (
-    "where weights of adapters lie, in tensors on the device, by those addresses; kept, they would "
-    "keep memory of models that are gone"
+    "where weights of adapters lie, in tensors on the device, by those addresses; if kept, they "
+    "would hold memory of unloaded models"
 )
 ROOT = (
     "where the hashes of the model's prefix cache begin; drawn anew at each load if the hash "
-    "is not cryptographic, so another load would empty the cache in effect"
+    "is not cryptographic, so another load would in effect empty the cache"
 )
 MANAGERS = "which class manages which kind of KV memory; the same for all models of a platform"
 
@@ -136,7 +136,7 @@ STATE: tuple[State, ...] = (
         "vllm.model_executor.layers.rotary_embedding",
         "_ROPE_DICT",
         "rotary layers by shape; a shared one would have to outlive the models that use it, and "
-        "would lie in the memory of one that may sleep",
+        "would be in the memory of one that may sleep",
     ),
     *_engine("vllm.lora.ops.triton_ops.utils", "_LORA_A_PTR_DICT _LORA_B_PTR_DICT", POINTERS),
     *_engine("vllm.lora.ops.triton_ops.fused_moe_lora_op", "_LORA_PTR_DICT", POINTERS),
@@ -176,7 +176,7 @@ STATE: tuple[State, ...] = (
     *_engine(
         "vllm.v1.worker.workspace",
         "_manager",
-        "scratch memory of the model, of the size that its warm-up has found and then locked",
+        "scratch memory of the model; its warm-up finds the size and locks it",
     ),
     *_engine(
         "vllm.v1.worker.gpu.buffer_utils",
@@ -203,7 +203,7 @@ STATE: tuple[State, ...] = (
     *_engine(
         "vllm.platforms",
         "current_platform.__class__._global_graph_pool",
-        "memory of the model's graphs, which is to go with them",
+        "memory of the model's graphs, which is freed with them",
     ),
     *_engine(
         "vllm.compilation.monitor",
@@ -213,7 +213,7 @@ STATE: tuple[State, ...] = (
     *_engine(
         "vllm.utils.jit_monitor",
         "_active _mode _verbose",
-        "whether kernels may still be compiled; a load must not be blamed for it after another",
+        "whether kernels may still be compiled; a load after another one must not be blamed for it",
     ),
     *_engine(
         "vllm.utils.gpu_sync_debug",
@@ -228,7 +228,7 @@ STATE: tuple[State, ...] = (
     *_engine(
         "vllm.compilation.compiler_interface",
         "_last_inductor_triton_cache_dir",
-        "goes with the folder of compiled code",
+        "belongs to the folder of compiled code",
         "0.32",
     ),
     *_engine(
@@ -239,7 +239,7 @@ STATE: tuple[State, ...] = (
     *_engine(
         "vllm_gaudi.extension.environment",
         "_VLLM_VALUES",
-        "what of the model decides the plugin's configuration",
+        "the properties of the model that decide the plugin's configuration",
     ),
     *_engine(
         "vllm_gaudi.extension.ops",
@@ -255,7 +255,8 @@ STATE: tuple[State, ...] = (
         "os",
         "environ[VLLM_USE_HYBRID_CACHE] environ[VLLM_USE_NAIVE_MAMBA_CACHE_SHARING] "
         "environ[VLLM_COMPACT_GDN]",
-        "how the Gaudi plugin lays out the memory of a hybrid model, which the first one decides",
+        "how the Gaudi plugin lays out the memory of a hybrid model; if shared, the first "
+        "such model would decide",
     ),
     *_shared(
         "vllm.distributed.parallel_state",
@@ -290,7 +291,7 @@ STATE: tuple[State, ...] = (
     *_shared(
         "vllm.platforms.*",
         "*._global_graph_pool",
-        "the platform's is above, by another name",
+        "listed above as the platform's, under another name",
     ),
     *_shared(
         "vllm.utils.import_utils",
@@ -310,7 +311,7 @@ STATE: tuple[State, ...] = (
     *_shared(
         "vllm.utils.func_utils",
         "_supports_kw",
-        "what functions take; depends on them alone",
+        "the parameters of functions; depends only on the functions",
     ),
     *_shared(
         "vllm.logger",
@@ -335,12 +336,12 @@ STATE: tuple[State, ...] = (
     *_shared(
         "vllm.v1.attention.selector",
         "_cached_get_attn_backend _cached_get_mamba_attn_backend",
-        "classes, by all that they are chosen by",
+        "classes, by everything that decides the choice",
     ),
     *_shared(
         "vllm.model_executor.layers.attention.*",
         "create_*_backend",
-        "classes that are derived from a class; depend on it alone",
+        "classes that are derived from a class; depend only on that class",
     ),
     *_shared(
         "vllm.config.vllm",
@@ -364,7 +365,7 @@ STATE: tuple[State, ...] = (
     *_shared(
         "vllm.config.vllm",
         "default_breakable_cudagraph_architectures",
-        "depends on the version of vLLM alone",
+        "depends only on the version of vLLM",
         "0.29",
     ),
     *_shared(
@@ -391,7 +392,7 @@ STATE: tuple[State, ...] = (
     *_shared(
         "vllm.model_executor.model_loader.reload.layerwise",
         "LAYERWISE_INFO",
-        "by layer, and gone with it",
+        "by layer; freed with the layer",
     ),
     *_shared(
         "vllm.model_executor.model_loader.utils",
@@ -425,7 +426,7 @@ STATE: tuple[State, ...] = (
     *_shared(
         "torch",
         "set_num_threads",
-        "the CPU worker makes it do nothing: the threads are bound by then",
+        "the CPU worker replaces it by a function that does nothing: the threads are bound by then",
     ),
 )
 

@@ -66,7 +66,7 @@ def make_tokenizer(config: Any) -> Any:
         if folder.is_dir() and not has_tokenizer(folder):
             raise ConfigError(
                 f"no tokenizer.json in {str(folder)!r}, nor any other tokenizer's file; copy it "
-                "from where the checkpoint is from, or name another place with the key `tokenizer`"
+                "from the checkpoint's source, or name another place with the key `tokenizer`"
             ) from error
         if folder.is_dir():
             _check_json(folder)

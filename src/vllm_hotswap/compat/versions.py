@@ -10,7 +10,7 @@ from vllm_hotswap.compat import gaudi
 from vllm_hotswap.errors import ConfigError
 
 RUN_ON = ("0.26.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
-"""Versions on which the tests have been run, oldest first; the README has the same list."""
+"""Versions on which the tests have been run, oldest first; docs/compatibility.md has them, too."""
 
 READ_ON = ("0.33.0",)
 """Newer versions, not run yet, that have every name and signature we use: `make check-vllm`."""
@@ -62,10 +62,10 @@ def warning(version: str) -> str | None:
         return None
     if numbers(version) in map(numbers, READ_ON):
         return (
-            f"vLLM {version} has every name that vllm-hotswap uses, but has not been run with it; "
-            f"what has: {', '.join(RUN_ON)}"
+            f"vLLM {version} has every name that vllm-hotswap uses, but was not tested with it; "
+            f"tested versions: {', '.join(RUN_ON)}"
         )
-    return f"vLLM {version} has not been tried with vllm-hotswap; what has: {', '.join(RUN_ON)}"
+    return f"vLLM {version} was not tested with vllm-hotswap; tested versions: {', '.join(RUN_ON)}"
 
 
 def numbers(version: str) -> tuple[int, ...]:

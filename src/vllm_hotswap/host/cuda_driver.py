@@ -270,8 +270,8 @@ def check_driver(
         if "expandable_segments:true" in environment.get(name, "").lower():
             raise ConfigError(
                 f"{name} is {environment[name]!r}, and torch's memory pools, by which models "
-                "sleep, do not work with expandable segments; take expandable_segments out of it, "
-                "or do without sleep: VLLM_HOTSWAP_CUDA_SLEEP=0"
+                "sleep, do not work with expandable segments; remove expandable_segments from it, "
+                "or switch sleep off with VLLM_HOTSWAP_CUDA_SLEEP=0"
             )
     cuda = _loaded(library)
     code = cuda.cuInit(ctypes.c_uint(0))
@@ -281,12 +281,12 @@ def check_driver(
     if code not in (SUCCESS, NO_DEVICE):
         raise ConfigError(
             f"the NVIDIA driver cannot be used: {_text(cuda, code)} (CUDA error {code}); "
-            "see what nvidia-smi says"
+            "run nvidia-smi for details"
         )
     if code == NO_DEVICE or count.value <= device:
         named = f" that {VISIBLE}={visible} names" if visible is not None else ""
         raise ConfigError(
-            f"there is no GPU{named}: the NVIDIA driver sees {count.value}; see nvidia-smi, "
+            f"there is no GPU{named}: the NVIDIA driver sees {count.value}; run nvidia-smi, "
             "which also shows whether MIG is on without an instance, and run a container with "
             "--gpus all"
         )
@@ -301,8 +301,8 @@ def check_driver(
     if maps and not can_map.value:
         raise ConfigError(
             f"GPU {device} or its driver cannot map memory (CUDA virtual memory management), "
-            "by which models sleep; virtual GPUs need it switched on by their administrator, "
-            "others a driver of 2021 or newer; VLLM_HOTSWAP_CUDA_SLEEP=0 does without sleep"
+            "which sleep needs; on a virtual GPU, its administrator must enable it; other GPUs "
+            "need a driver of 2021 or newer; VLLM_HOTSWAP_CUDA_SLEEP=0 switches sleep off"
         )
     return cuda
 

@@ -119,7 +119,7 @@ class HostedOnCuda:
 
     @property
     def pools(self) -> ModelPools:
-        assert isinstance(self._pools, ModelPools), "it has none, or init_device() comes first"
+        assert isinstance(self._pools, ModelPools), "no pools, or init_device() was not called"
         return self._pools
 
     def sleep(self, level: int = 1) -> None:

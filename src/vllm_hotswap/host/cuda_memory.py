@@ -582,7 +582,7 @@ class ModelMemory:
             free, total = self._driver.memory_info()
             details = f", {free / MIB:.1f} MiB of the device's {total / MIB:.1f} MiB are free"
         if spare_bytes:
-            details += f", {spare_bytes / MIB:.1f} MiB of them for the model that is served"
+            details += f", {spare_bytes / MIB:.1f} MiB of them reserved for the active model"
         return (
             f"no room: waking takes {needed:.1f} MiB of device memory{details}; it is still asleep"
         )

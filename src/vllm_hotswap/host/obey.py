@@ -134,7 +134,7 @@ class VllmCommandHandler:
         give_back_free_memory()  # so that memory that was free is not counted as the model's
         before_s, before_bytes = time.monotonic(), device.held_bytes()
         if (engine := self._find(command.alias)) is not None and engine.is_loaded:
-            raise HotswapError(f"engine {command.alias!r} is loaded already")
+            raise HotswapError(f"engine {command.alias!r} is already loaded")
         try:
             with reporting_to(lambda stage: self._on_stage(command.alias, stage)):
                 engine = self._make(command)

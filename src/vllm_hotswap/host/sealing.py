@@ -87,8 +87,8 @@ def seal(before: frozenset[OpenFile], *, is_alone: bool) -> int:
         elif not (known := _is_from_us(guest)) and connections():
             whose = "belongs to another user" if known is False else "may belong to another user"
             raise ConnectionRefusedError(
-                "while the model's workers connected to each other, a process connected that "
-                f"{whose}; nothing was loaded; try again"
+                f"a process that {whose} connected while the model's workers connected to each "
+                "other; nothing was loaded; try again"
             )
     return len(ports)
 

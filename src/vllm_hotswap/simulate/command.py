@@ -35,12 +35,12 @@ SHAPE = {
     "models": (int, 1, "models"),
     "requests": (int, 1, "requests in all"),
     "rate": (float, 0, "requests per second, over all models"),
-    "zipf": (float, None, "model k is asked for in proportion to 1 / k^S; 0: all alike"),
+    "zipf": (float, None, "the popularity of model k is proportional to 1 / k^S; 0: all equal"),
     "agents": (int, 1, "agents, each of which alternates between two models"),
     "think_s": (float, None, "mean seconds from a response to the agent's next request"),
     "prompt_tokens": (float, 0, "mean prompt tokens"),
     "output_tokens": (float, 0, "mean output tokens"),
-    "seed": (int, None, "of the random numbers"),
+    "seed": (int, None, "seed of the random numbers"),
 }
 """Type, minimum of a value (0: above it; None: 0 or more) and meaning."""
 
@@ -62,7 +62,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments to its parser."""
     parser.description = (
         "Run the scheduler of the server under virtual time on a trace, once with each policy, "
-        "and print waits, switches and use of the time."
+        "and print waits, switches and how the time was used."
     )
     add = parser.add_argument
     add("trace", type=Path, nargs="?", help="a trace, from `serve --record` or `--write`")
@@ -75,7 +75,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
         "--policy",
         action="append",
         metavar="NAME",
-        help="may be given again (default: that of the trace)",
+        help="policy to simulate; repeatable (default: the trace's)",
     )
     add(
         "--measured",
@@ -101,8 +101,8 @@ def fill(parser: argparse.ArgumentParser) -> None:
         "--resident",
         type=int,
         metavar="N",
-        help="models that are parked at most, the active one among them; others are where the "
-        "recording found them, or cold (default: all)",
+        help="maximum number of parked models, including the active one; others have their "
+        "recorded residency, or are cold (default: no limit)",
     )
     add("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)
@@ -161,7 +161,7 @@ def _with(trace: Trace, given: Mapping[str, Any]) -> Trace:
 def _refuse(args: argparse.Namespace, flags: Mapping[str, Any]) -> None:
     given = [_flag(name) for name, value in flags.items() if value is not None]
     if given:
-        raise ConfigError(f"{given[0]} shapes a generated trace; {args.trace} is one already")
+        raise ConfigError(f"{given[0]} needs --generate; {args.trace} is an existing trace")
 
 
 def _checked(

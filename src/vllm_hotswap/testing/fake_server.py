@@ -52,7 +52,7 @@ class FakeEngines:
         check_keys(config)
         log.warning("event=fake_engines reason='--fake: answers are made up, no model is loaded'")
         if unused:
-            log.info("event=ignored flags=%r reason='fake engines have no use for them'", unused)
+            log.info("event=ignored flags=%r reason='fake engines do not use them'", unused)
         host = fake_host(config, self._word_s)
         default = config.default_model
         load = [m.alias for m in config.models if m.load == "startup" or m.alias == default]
