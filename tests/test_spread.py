@@ -223,7 +223,7 @@ async def test_tokenising_that_waits_is_no_longer_what_it_was(pace: Pace) -> Non
         renderer = SimpleNamespace(_executor=executor)
         scoring: Any = SimpleNamespace(renderer=renderer, _build_prompts=_build_prompts)
         spread(Client(), application(serving_generative_scoring=scoring), pace)
-        with pytest.raises(RuntimeError, match="waits for something"):
+        with pytest.raises(RuntimeError, match="awaits something"):
             await scoring._build_prompts(Request(["a"]), Tokenizer())
 
 
