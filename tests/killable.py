@@ -25,9 +25,10 @@ from tests.serving import flags
 from vllm_hotswap import event_loop, failpoints
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.listen import Listener
-from vllm_hotswap.planner import Usage
-from vllm_hotswap.progress import EventLog, StartupProgress, configure_logging
+from vllm_hotswap.log_lines import configure_logging
+from vllm_hotswap.progress import EventLog, StartupProgress
 from vllm_hotswap.server import serve
 from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings

@@ -13,7 +13,8 @@ from vllm_hotswap import event_loop
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.listen import Listener
-from vllm_hotswap.progress import EventLog, StartupProgress, configure_logging
+from vllm_hotswap.log_lines import configure_logging
+from vllm_hotswap.progress import EventLog, StartupProgress
 from vllm_hotswap.server import serve
 from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
 from vllm_hotswap.testing.fake_server import parse_flags

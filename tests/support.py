@@ -18,7 +18,7 @@ import httpx
 from vllm_hotswap.access import Access
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.events import Event
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.adapters import write_adapter, write_adapter_for
-from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of, smallest_rank
+from vllm_hotswap.adapters import read_adapter, shapes_of, smallest_rank
 from vllm_hotswap.config import parse_config
 from vllm_hotswap.demo import MODELS
+from vllm_hotswap.engines.base import AdapterFiles
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.lora_modules import check_names
 

@@ -14,7 +14,7 @@ from tests.support import CHAT, Server
 from vllm_hotswap.engines.base import Previewed
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.registry import ModelSettings
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings

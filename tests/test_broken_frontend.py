@@ -11,11 +11,8 @@ import pytest
 from prometheus_client import REGISTRY, Counter
 
 from vllm_hotswap.compat.frontend import watch_outputs
-from vllm_hotswap.metrics import (
-    adopting_frontend_metrics,
-    exposition,
-    forget_frontend_metrics,
-)
+from vllm_hotswap.metrics import exposition
+from vllm_hotswap.vllm_metrics import adopting_frontend_metrics, forget_frontend_metrics
 
 
 class Client:

@@ -12,16 +12,14 @@ from hypothesis import given, strategies as st
 from vllm_hotswap.budget import (
     OVERHEAD_BYTES,
     READING_BYTES,
-    MemoryBudget,
     ModelNeeds,
-    parse_size,
     resolve_budget,
-    resolve_size,
     share_kv_memory,
 )
 from vllm_hotswap.devices import DeviceMemory
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
+from vllm_hotswap.sizes import MemoryBudget, parse_size, resolve_size
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from vllm_hotswap.canary import CANARY_ID
 from vllm_hotswap.host.canaries import Canaries
+from vllm_hotswap.host.messages import CANARY_ID
 
 
 @dataclass(eq=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.config import (
     ServerConfig,
     load_config,
@@ -20,6 +19,7 @@ from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.rights import Rights
 from vllm_hotswap.sampling import SamplingPolicy
 from vllm_hotswap.settings import SwitchingConfig, overrides
+from vllm_hotswap.sizes import MemoryBudget
 
 Load = Callable[[str], ServerConfig]
 

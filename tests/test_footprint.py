@@ -16,8 +16,8 @@ from vllm_hotswap.devices import (
     RocmDevice,
 )
 from vllm_hotswap.engines.vllm import footprint_of
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.host.messages import Loaded
-from vllm_hotswap.planner import Usage
 from vllm_hotswap.states import Residency
 
 NEEDS = ModelNeeds(

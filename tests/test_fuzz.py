@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from tests.support import Server
 from vllm_hotswap.access import Access
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from tests.support import Recorder, Server, settled
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.events import ModelMoved, PhaseChanged, PinChanged
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.registry import Lease, ModelSettings
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 

@@ -16,15 +16,8 @@ from tests.support import CHAT
 from tests.virtual import VirtualLoop
 from vllm_hotswap.access import Access
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
-from vllm_hotswap.limits import (
-    BYTES_PER_VALUE,
-    PIECE_BYTES,
-    Bodies,
-    ClientGone,
-    Ledger,
-    Rate,
-    text_bytes,
-)
+from vllm_hotswap.limits import BYTES_PER_VALUE, PIECE_BYTES, Bodies, ClientGone, Ledger, text_bytes
+from vllm_hotswap.rate import Rate
 from vllm_hotswap.rights import EVERYBODY, Account
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.turns import at_once

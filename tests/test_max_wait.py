@@ -13,7 +13,7 @@ from tests.depth import examples
 from tests.support import CHAT, Server
 from tests.virtual import VirtualLoop
 from vllm_hotswap.events import SwitchEnded
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.policies import POLICIES
 from vllm_hotswap.policy import WORKED_S, Decision, Policy, PolicySettings, Snapshot, SwitchTo
 from vllm_hotswap.registry import ModelSettings

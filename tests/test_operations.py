@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import Server, Stream
 from vllm_hotswap.access import Access
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20

@@ -16,7 +16,7 @@ from tests.support import Answer, Server, Stream
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestsParked, RequestsResumed
 from vllm_hotswap.exchange import COMMENT_S
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings
 

@@ -10,8 +10,9 @@ from tests.conftest import MakeServer
 from tests.listening import Raw, exchange, listening, listening_with
 from tests.support import Server
 from vllm_hotswap.access import Access
+from vllm_hotswap.addresses import network_of
 from vllm_hotswap.listen import ListenFlags
-from vllm_hotswap.places import Place, Places, network_of
+from vllm_hotswap.places import Place, Places
 from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings
 

@@ -12,19 +12,17 @@ import pytest
 from hypothesis import assume, given, strategies as st
 
 from vllm_hotswap.errors import NoRoom
+from vllm_hotswap.footprint import Footprint, Usage, total
 from vllm_hotswap.planner import (
     EVICTIONS,
     MIB,
-    Footprint,
     MemorySnapshot,
     ModelView,
     Move,
     Plan,
-    Usage,
     fits_together,
     make_plan,
     relief,
-    total,
 )
 from vllm_hotswap.states import LADDER, Residency, is_below
 

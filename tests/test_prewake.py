@@ -14,7 +14,7 @@ from tests.support import Server
 from tests.test_shared_device import ALIASES, MIB
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.events import WakeChanged
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.registry import Model, ModelSettings
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import Residency, WakeProgress

@@ -11,7 +11,7 @@ from tests.support import Server
 from vllm_hotswap.access import Access
 from vllm_hotswap.errors import RateLimited
 from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.limits import Rate
+from vllm_hotswap.rate import Rate
 from vllm_hotswap.rates import ELSEWHERE, Rates
 from vllm_hotswap.rights import EVERYBODY, Account, Group, PerMinute, Rights
 from vllm_hotswap.settings import LimitsConfig

@@ -11,7 +11,7 @@ from tests.conftest import MakeServer, Play
 from tests.support import Server
 from tests.test_parking import park
 from vllm_hotswap.errors import HotswapError, NoRoom
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20

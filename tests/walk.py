@@ -21,7 +21,7 @@ from tests.virtual import START_S, VirtualLoop
 from vllm_hotswap.app import HotswapApp
 from vllm_hotswap.events import Event, RequestEnded, ResidencyChanged, SwitchEnded
 from vllm_hotswap.exchange import ResponseTruncated
-from vllm_hotswap.planner import Usage
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.registry import Lease, ModelSettings
 from vllm_hotswap.settings import DrainAction, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.states import Residency

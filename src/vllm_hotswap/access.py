@@ -30,7 +30,6 @@ from vllm_hotswap.rights import (
     read_terms,
 )
 from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms
-from vllm_hotswap.settings import Sharing
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -293,3 +292,6 @@ def _key(headers: Headers) -> bytes:
     if scheme.lower() == "bearer":
         return token.strip().encode()
     return headers.get("x-api-key", "").encode()
+
+
+Sharing = Literal["shared", "group", "key"]

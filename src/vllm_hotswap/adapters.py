@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_hotswap.checkpoint import tensors, weight_files
+from vllm_hotswap.engines.base import AdapterFiles
 from vllm_hotswap.errors import ConfigError
 
 CONFIG = "adapter_config.json"
@@ -28,19 +28,6 @@ _LORA_WEIGHT = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterFiles:
-    """An adapter whose files have been checked."""
-
-    name: str
-    """The name that clients send in `model`."""
-    path: Path
-    rank: int
-    """The highest rank of its layers."""
-    is_3d: bool = False
-    """vLLM's `is_3d_lora_weight`: a mixture of experts whose expert weights are one tensor."""
 
 
 def read_adapter(name: str, path: Path, base: Shapes, is_3d: bool = False) -> AdapterFiles:

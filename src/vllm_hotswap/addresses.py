@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Hashable
 from functools import lru_cache
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -33,3 +34,20 @@ def is_loopback(text: str) -> bool:
         return ip_address(text).is_loopback
     except ValueError:
         return False
+
+
+NETWORK_BITS = 64
+"""First bits of an IPv6 address: the network that one client usually gets. Source: RFC 6177."""
+
+
+def network_of(address: str) -> Hashable:
+    """Return what counts as one client: an IPv4 address, or a network of IPv6."""
+    if ":" not in address:
+        return address
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address):
+        return int(found) >> (128 - NETWORK_BITS)
+    return str(found)

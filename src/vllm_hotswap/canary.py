@@ -11,9 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-CANARY_ID = "hotswap-canary-"
-"""Prefix of the ids of requests for canaries."""
-
 LOGPROB_TOLERANCE = 0.5
 """Nats. Large logits in bfloat16 are 0.125 or 0.25 apart, so a kernel that rounds differently may
 be off by as much."""

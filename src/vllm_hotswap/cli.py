@@ -419,7 +419,7 @@ def given(args: argparse.Namespace) -> tuple[list[Override], frozenset[str]]:
 
 def _serve(args: argparse.Namespace, flags: Sequence[str]) -> int:
     from vllm_hotswap.flags import load_with_flags
-    from vllm_hotswap.progress import configure_logging
+    from vllm_hotswap.log_lines import configure_logging
     from vllm_hotswap.settings import FORWARDED_VARIABLE
 
     if args.fake_pace is not None and not args.fake:

@@ -18,7 +18,6 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
-from vllm_hotswap.budget import MemoryBudget
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of
 from vllm_hotswap.hints import did_you_mean
 from vllm_hotswap.keys import Keys, KeySource
@@ -43,6 +42,7 @@ from vllm_hotswap.settings import (
     expected_text,
     is_secret,
 )
+from vllm_hotswap.sizes import MemoryBudget
 from vllm_hotswap.written import (
     OddKey,
     Place,

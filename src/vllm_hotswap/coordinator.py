@@ -62,9 +62,9 @@ from vllm_hotswap.foresight import Announcement, Lookahead
 from vllm_hotswap.job_leases import JobLease
 from vllm_hotswap.jobs import Jobs
 from vllm_hotswap.ladder import Ladder, OperationResult, refuse_failed
-from vllm_hotswap.limits import Rate
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import Plan
+from vllm_hotswap.rate import Rate
 from vllm_hotswap.recovery import Recovery
 from vllm_hotswap.registry import Lease, Model, ModelSettings, Registry
 from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms

@@ -115,7 +115,7 @@ def serve(port: int, is_fake: bool = False) -> int:
     """
     from vllm_hotswap import server
     from vllm_hotswap.config import load_config
-    from vllm_hotswap.progress import configure_logging
+    from vllm_hotswap.log_lines import configure_logging
 
     configure_logging()
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"

@@ -36,13 +36,13 @@ from vllm_hotswap.events import (
     ResidencyChanged,
     WakeChange,
 )
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.planner import (
     MemorySnapshot,
     ModelView,
     Move,
     Plan,
-    Usage,
     fits_together,
     make_plan,
     relief,

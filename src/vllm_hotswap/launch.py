@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import psutil
 from pydantic import ValidationError
 
-from vllm_hotswap.adapters import AdapterFiles
-from vllm_hotswap.budget import MemoryBudget, ModelNeeds, resolve_budget, share_kv_memory
+from vllm_hotswap.budget import ModelNeeds, resolve_budget, share_kv_memory
 from vllm_hotswap.checkpoint import (
     check_description,
     check_generation,
@@ -26,12 +25,14 @@ from vllm_hotswap.compat.inspection import inspected_together
 from vllm_hotswap.compat.memory import model_needs
 from vllm_hotswap.config import ModelConfig, ServerConfig
 from vllm_hotswap.devices import DeviceMemory, device_of, with_why_no_device
+from vllm_hotswap.engines.base import AdapterFiles
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, mistakes_of, one_line
 from vllm_hotswap.flags import model_namespace, parse_server_flags
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.hub import hub_weights_bytes, require_known
 from vllm_hotswap.lora_modules import check_names, check_support, read_adapters
-from vllm_hotswap.planner import Usage
 from vllm_hotswap.sampling import SamplingPolicy
+from vllm_hotswap.sizes import MemoryBudget
 from vllm_hotswap.variables import Environment, Variables
 
 T = TypeVar("T")

@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Mapping
 from typing import Any, Self
 
+from vllm_hotswap import terminal
+
 _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 """C0, DEL and C1; line and paragraph separators; characters that turn the direction of text; halves
 of surrogate pairs, with which the line would be lost."""
@@ -116,3 +118,21 @@ def _indented(error: BaseException) -> str:
     traceback.print_exception(error, file=written)
     lines = escaped(written.getvalue().rstrip("\n"), keep_lines=True).split("\n")
     return "\n".join(INDENT + line for line in lines)
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """Send this package's log to standard error, one `key=value` line per event.
+
+    Text from clients stays within its line, in the logs of vLLM and uvicorn, too. A line that
+    cannot be written is dropped silently, vLLM's and uvicorn's, too. If the reader of a pipe has
+    left, every line would otherwise cause a stack trace.
+    """
+    terminal.prepare()
+    escape_records()
+    logging.raiseExceptions = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s %(message)s"))
+    logger = logging.getLogger("vllm_hotswap")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_hotswap import hub
-from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of, smallest_rank
+from vllm_hotswap.adapters import read_adapter, shapes_of, smallest_rank
 from vllm_hotswap.compat.adapters import allowed_ranks, check_adapter, default_rank
 from vllm_hotswap.config import ModelConfig, ServerConfig
+from vllm_hotswap.engines.base import AdapterFiles
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.paths import resolve_beside
 

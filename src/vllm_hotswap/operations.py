@@ -21,11 +21,12 @@ from vllm_hotswap.answers import (
 )
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import InvalidRequest
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.foresight import Lookahead
 from vllm_hotswap.json_scan import as_utf8
 from vllm_hotswap.ladder import OperationResult
 from vllm_hotswap.plain_words import first_mistake
-from vllm_hotswap.planner import Move, Plan, Usage
+from vllm_hotswap.planner import Move, Plan
 
 
 class Body(BaseModel):

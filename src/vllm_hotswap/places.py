@@ -7,21 +7,17 @@ has waited longest is closed. If none waits, a few places are left that only som
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vllm_hotswap.addresses import ip_address
+from vllm_hotswap.addresses import network_of
 
 KEPT = 64
 """Places kept for health checks and admins; an eighth of all places if there are few."""
 
 KEPT_SHARE = 4
 """One address may have a quarter of the kept places."""
-
-NETWORK_BITS = 64
-"""First bits of an IPv6 address: the network that one client usually gets. Source: RFC 6177."""
 
 
 class Holder(Protocol):
@@ -153,16 +149,3 @@ class Places:
     def client_of(self, address: str | None) -> Hashable:
         """Return what counts as one client; None where clients cannot be told apart."""
         return None if address is None or self._is_proxy(address) else network_of(address)
-
-
-def network_of(address: str) -> Hashable:
-    """Return what counts as one client: an IPv4 address, or a network of IPv6."""
-    if ":" not in address:
-        return address
-    try:
-        found = ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv6Address):
-        return int(found) >> (128 - NETWORK_BITS)
-    return str(found)

@@ -13,47 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from vllm_hotswap.errors import NoRoom
+from vllm_hotswap.footprint import Footprint, Usage, total
 from vllm_hotswap.states import LADDER, Residency, is_below
 
 MIB = 1 << 20
 
 EVICTIONS = (Residency.ASLEEP, Residency.DISCARDED, Residency.COLD)
 """Where an evicted model may go, the cheapest to undo first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """Bytes of device and of host memory. If both are the same memory, all are device bytes."""
-
-    device: int = 0
-    host: int = 0
-
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(self.device + other.device, self.host + other.host)
-
-    def __sub__(self, other: Usage) -> Usage:
-        return Usage(self.device - other.device, self.host - other.host)
-
-    def fits(self, budget: Usage) -> bool:
-        return self.device <= budget.device and self.host <= budget.host
-
-
-@dataclass(frozen=True, slots=True)
-class Footprint:
-    """Memory of a model in each residency; measured once it has been loaded, estimated before."""
-
-    usage: Mapping[Residency, Usage]
-    """Residencies that the model's device does not have are left out."""
-    peak: Usage
-    """Memory while it is loaded or woken: at least what it holds when it is parked."""
-
-    def at(self, residency: Residency) -> Usage:
-        """Return what it holds there; a model that is being loaded holds its peak."""
-        if residency is Residency.LOADING:
-            return self.peak
-        if residency is Residency.ACTIVE:
-            residency = Residency.PARKED
-        return self.usage.get(residency, Usage())
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +114,6 @@ class Plan:
     def cost_s(self) -> float:
         """Estimated seconds to bring the target up."""
         return self.bring_up.cost_s if self.bring_up else 0.0
-
-
-def total(usages: Iterable[Usage]) -> Usage:
-    result = Usage()
-    for usage in usages:
-        result = result + usage
-    return result
 
 
 def make_plan(snapshot: MemorySnapshot, target: str, keep: Iterable[str] = ()) -> Plan:

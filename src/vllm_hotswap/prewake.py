@@ -17,8 +17,8 @@ from typing import Protocol, TypeVar
 
 from vllm_hotswap.errors import HotswapError, NoRoom, one_line
 from vllm_hotswap.events import Observer, WakeChange, WakeChanged
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.log_lines import value_text
-from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Model, Registry, Waking
 from vllm_hotswap.settings import RecoveryConfig
 from vllm_hotswap.states import Residency

@@ -12,7 +12,6 @@ from typing import Self
 
 from tqdm import tqdm
 
-from vllm_hotswap import terminal
 from vllm_hotswap.events import (
     ClientEvicted,
     EngineDied,
@@ -28,7 +27,7 @@ from vllm_hotswap.events import (
     ServiceDegraded,
     SwitchEnded,
 )
-from vllm_hotswap.log_lines import escape_records, value_text
+from vllm_hotswap.log_lines import value_text
 from vllm_hotswap.quiet import log_of_clients
 
 log = logging.getLogger("vllm_hotswap")
@@ -239,21 +238,3 @@ class CheckProgress:
             number = f" ({self._started_count} of {self._count})" if is_model else ""
             sys.stderr.write(f"{what}{number} ...\n")
             sys.stderr.flush()
-
-
-def configure_logging(level: str = "INFO") -> None:
-    """Send this package's log to standard error, one `key=value` line per event.
-
-    Text from clients stays within its line, in the logs of vLLM and uvicorn, too. A line that
-    cannot be written is dropped silently, vLLM's and uvicorn's, too. If the reader of a pipe has
-    left, every line would otherwise cause a stack trace.
-    """
-    terminal.prepare()
-    escape_records()
-    logging.raiseExceptions = False
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s %(name)s %(message)s"))
-    logger = logging.getLogger("vllm_hotswap")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False

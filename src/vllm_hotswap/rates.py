@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from vllm_hotswap.errors import RateLimited
-from vllm_hotswap.limits import Rate
+from vllm_hotswap.rate import Rate
 from vllm_hotswap.rights import Account, PerMinute
 from vllm_hotswap.settings import LimitsConfig
 

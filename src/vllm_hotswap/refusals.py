@@ -21,7 +21,7 @@ from typing import Protocol
 
 from starlette.types import Scope
 
-from vllm_hotswap.places import network_of
+from vllm_hotswap.addresses import network_of
 
 DOOR = "vllm_hotswap.door"
 """Key of a scope: a function that returns the `Holder`, or None if the connection is gone."""

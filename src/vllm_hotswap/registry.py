@@ -27,8 +27,8 @@ from vllm_hotswap.errors import (
     WrongStamp,
 )
 from vllm_hotswap.events import RequestResult
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.helpers import Bounds
-from vllm_hotswap.planner import Usage
 from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms, Ticket
 from vllm_hotswap.states import Residency, Step, WakeProgress, advance
 

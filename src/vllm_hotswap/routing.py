@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.utils import ClientDisconnected
 
 from vllm_hotswap import asked, drain, json_scan, media, model_field, responses, surrogates
-from vllm_hotswap.access import Access
+from vllm_hotswap.access import Access, Sharing
 from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import (
     ClientStalled,
@@ -49,7 +49,7 @@ from vllm_hotswap.registry import Lease, Model, current_lease
 from vllm_hotswap.responses import Owners, ResponseFollower
 from vllm_hotswap.rights import Account
 from vllm_hotswap.scheduler import DEFAULT_TERMS, RequestTerms
-from vllm_hotswap.settings import LimitsConfig, Sharing
+from vllm_hotswap.settings import LimitsConfig
 from vllm_hotswap.surrogates import HalfSurrogate
 from vllm_hotswap.turns import Turns, at_once
 

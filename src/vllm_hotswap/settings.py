@@ -15,8 +15,9 @@ from pydantic import BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic.dataclasses import dataclass
 
 from vllm_hotswap import states
-from vllm_hotswap.budget import ByteSize, MemoryBudget
+from vllm_hotswap.access import Sharing
 from vllm_hotswap.sampling import SamplingPolicy
+from vllm_hotswap.sizes import ByteSize, MemoryBudget
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 
@@ -408,9 +409,6 @@ class LimitsConfig:
             "`--forwarded-allow-ips`"
         ),
     ] = 10
-
-
-Sharing = Literal["shared", "group", "key"]
 
 
 @dataclass(frozen=True, slots=True, config=STRICT)

@@ -18,8 +18,8 @@ from tests.adapters import write_adapter
 from vllm_hotswap.demo import WEATHER_TOOL
 from vllm_hotswap.engines.base import Engine, EngineHost
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.model_routes import WEBSOCKET
-from vllm_hotswap.planner import Usage
 from vllm_hotswap.registry import Lease, current_lease
 from vllm_hotswap.states import LADDER, Residency
 

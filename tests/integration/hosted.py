@@ -12,8 +12,9 @@ from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
 
 from vllm_hotswap.devices import HOSTED_CPU_WORKER
 from vllm_hotswap.host import teardown
+from vllm_hotswap.host.classes import QUALIFIED_NAME as EXECUTOR
 from vllm_hotswap.host.engine import HostedEngine
-from vllm_hotswap.host.executor import QUALIFIED_NAME as EXECUTOR, HostedExecutor
+from vllm_hotswap.host.executor import HostedExecutor
 from vllm_hotswap.host.messages import SocketPaths
 
 PROMPTS = [[1, 5, 9, 33], list(range(3, 40)), [7]]

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from vllm_hotswap.devices import HOSTED_CPU_WORKER
-from vllm_hotswap.host.executor import QUALIFIED_NAME as EXECUTOR
+from vllm_hotswap.host.classes import QUALIFIED_NAME as EXECUTOR
 
 KV_BYTES = 256 << 20
 PROMPTS = ["Hello", "The quick brown fox " * 20]

@@ -14,9 +14,9 @@ from vllm_hotswap.compat.names import OPTIONAL, PLACES, find
 from vllm_hotswap.compat.tasks import POOLING, SPEECH, TASKS_OF_PATH, foresee
 from vllm_hotswap.compat.versions import vllm_version, warning
 from vllm_hotswap.demo import MODELS
-from vllm_hotswap.metrics import without_frontend_metrics
 from vllm_hotswap.model_routes import ModelRoutes
 from vllm_hotswap.routes import VLLM_USER_ROUTES
+from vllm_hotswap.vllm_metrics import without_frontend_metrics
 
 
 def imported_from_vllm() -> Iterator[str]:

@@ -9,7 +9,8 @@ import uuid
 from collections.abc import Collection
 from typing import Any
 
-from vllm_hotswap.canary import CANARY_ID, Canary
+from vllm_hotswap.canary import Canary
+from vllm_hotswap.host.messages import CANARY_ID
 
 LENGTH = 4
 """Tokens of the prompt."""

@@ -89,7 +89,7 @@ def engine_config(args: argparse.Namespace) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    from vllm_hotswap.host.executor import MULTIPROC_QUALIFIED_NAME, QUALIFIED_NAME
+    from vllm_hotswap.host.classes import MULTIPROC_QUALIFIED_NAME, QUALIFIED_NAME
 
     engine_args = AsyncEngineArgs.from_cli_args(args)
     single = engine_args.tensor_parallel_size == 1 and engine_args.pipeline_parallel_size == 1

@@ -73,7 +73,7 @@ def make_client(config: Any, sockets: SocketPaths, args: argparse.Namespace) -> 
     import zmq
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from vllm_hotswap.metrics import shared_stat_logger
+    from vllm_hotswap.vllm_metrics import shared_stat_logger
 
     client = AsyncLLM(
         vllm_config=config,

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_hotswap.compat.names import find
+from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import ConfigError, one_line
 from vllm_hotswap.log_lines import value_text
 
@@ -390,3 +391,13 @@ def _checkpoint_blocks(spec: Any) -> dict[str, int]:
     """
     name = "num_prefill_checkpoint_blocks"
     return {name: 1} if name in spec.__dataclass_fields__ else {}
+
+
+def kv_shares(config: Any) -> int:
+    """Into how many parts a model's KV memory on its device is divided, one for each worker."""
+    return ranks(config) if device_of(config).is_host_memory else 1
+
+
+def ranks(config: Any) -> int:
+    parallel = config.parallel_config
+    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_hotswap.budget import OVERHEAD_BYTES, ModelNeeds
-from vllm_hotswap.compat.kv_cache import expected_limits, given_bytes, kv_key
+from vllm_hotswap.compat.kv_cache import expected_limits, given_bytes, kv_key, kv_shares, ranks
 from vllm_hotswap.compat.packing import packed_copies_bytes, packing_bytes
 from vllm_hotswap.devices import device_of
 
@@ -27,7 +27,7 @@ def model_needs(
     explicit = given_bytes(config, kv)
     return ModelNeeds(
         alias=alias,
-        weights_bytes=weights_bytes if device.is_host_memory else weights_bytes // _ranks(config),
+        weights_bytes=weights_bytes if device.is_host_memory else weights_bytes // ranks(config),
         kv_bytes=None if explicit is None else explicit * workers,
         min_kv_bytes=kv.least * workers,
         max_kv_bytes=kv.most * workers,
@@ -70,13 +70,3 @@ def _adapter_bytes(config: Any) -> int:
     layers = model.get_num_layers(parallel) * (attention + 3 * experts * (hidden + inner))
     parameters = lora.max_lora_rank * (layers + 2 * (hidden + vocabulary))
     return int(parameters * getattr(lora.lora_dtype, "itemsize", 2))
-
-
-def kv_shares(config: Any) -> int:
-    """Into how many parts a model's KV memory on its device is divided, one for each worker."""
-    return _ranks(config) if device_of(config).is_host_memory else 1
-
-
-def _ranks(config: Any) -> int:
-    parallel = config.parallel_config
-    return int(parallel.tensor_parallel_size * parallel.pipeline_parallel_size)

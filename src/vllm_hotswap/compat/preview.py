@@ -21,7 +21,7 @@ from vllm_hotswap.compat.names import find
 from vllm_hotswap.compat.trial import generates
 from vllm_hotswap.engines.base import Previewed
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.metrics import without_frontend_metrics
+from vllm_hotswap.vllm_metrics import without_frontend_metrics
 
 REFUSALS = (400, 422)
 """Other statuses are about this server: for example, it knows no adapters."""

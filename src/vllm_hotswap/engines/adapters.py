@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.compat.adapters import (
     adapter_request,
     check_adapter,
@@ -16,7 +15,7 @@ from vllm_hotswap.compat.adapters import (
     serve_adapter,
     stop_serving,
 )
-from vllm_hotswap.engines.base import Adapter
+from vllm_hotswap.engines.base import Adapter, AdapterFiles
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.log_lines import value_text
 

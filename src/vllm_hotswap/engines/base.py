@@ -15,9 +15,8 @@ from typing import Any, Protocol
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from vllm_hotswap.adapters import AdapterFiles
+from vllm_hotswap.footprint import Footprint, Usage
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
-from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.states import WakeProgress
 
 Progress = Callable[[str], None]
@@ -328,3 +327,16 @@ class EngineHost(Protocol):
 
     def on_engine_failed(self, callback: EngineFailure) -> None:
         """Register a callback for the death of one engine while the host stays alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """An adapter whose files have been checked."""
+
+    name: str
+    """The name that clients send in `model`."""
+    path: Path
+    rank: int
+    """The highest rank of its layers."""
+    is_3d: bool = False
+    """vLLM's `is_3d_lora_weight`: a mixture of experts whose expert weights are one tensor."""

@@ -23,14 +23,14 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp
 
 from vllm_hotswap import hub
-from vllm_hotswap.adapters import AdapterFiles, read_adapter, shapes_of
-from vllm_hotswap.budget import MemoryBudget, ModelNeeds
+from vllm_hotswap.adapters import read_adapter, shapes_of
+from vllm_hotswap.budget import ModelNeeds
 from vllm_hotswap.canary import Canary
 from vllm_hotswap.checkpoint import check_weights, read_ahead, weight_files
 from vllm_hotswap.compat import frontend, grammars, trial
 from vllm_hotswap.compat.adapters import ids_of_vllm
 from vllm_hotswap.compat.canary import ask_for_canary, can_be_asked, is_overflow
-from vllm_hotswap.compat.memory import kv_shares
+from vllm_hotswap.compat.kv_cache import kv_shares
 from vllm_hotswap.compat.preview import Preview, make_preview
 from vllm_hotswap.compat.spread import read_in_turns, spread
 from vllm_hotswap.compat.stamps import StampedCore, make_stamp
@@ -46,6 +46,7 @@ from vllm_hotswap.engine_share import EngineShare
 from vllm_hotswap.engines.adapters import AdapterSet, AdapterTarget
 from vllm_hotswap.engines.base import (
     Adapter,
+    AdapterFiles,
     EngineFailure,
     EngineMemory,
     HostStats,
@@ -65,6 +66,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.failpoints import async_failpoint
 from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.footprint import Footprint, Usage
 from vllm_hotswap.helpers import Helpers
 from vllm_hotswap.host.messages import (
     Activate,
@@ -85,12 +87,12 @@ from vllm_hotswap.host.messages import (
 )
 from vllm_hotswap.launch import ModelLaunch, plan_memory
 from vllm_hotswap.log_lines import value_text
-from vllm_hotswap.metrics import adopting_frontend_metrics, forget_frontend_metrics
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
 from vllm_hotswap.pace import pace_tasks
-from vllm_hotswap.planner import Footprint, Usage
-from vllm_hotswap.sampling import SamplingFilter
+from vllm_hotswap.sampling_filter import SamplingFilter
+from vllm_hotswap.sizes import MemoryBudget
 from vllm_hotswap.states import Residency, WakeProgress
+from vllm_hotswap.vllm_metrics import adopting_frontend_metrics, forget_frontend_metrics
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_hotswap.canary import CANARY_ID
+from vllm_hotswap.host.messages import CANARY_ID
 
 
 class Canaries:

@@ -36,9 +36,6 @@ from vllm_hotswap.platforms import BIND_VARIABLE, binding_for_ranks
 log = logging.getLogger("vllm_hotswap.host")
 NO_COMPILER = "TORCH_COMPILE_DISABLE"
 
-QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedExecutor"
-MULTIPROC_QUALIFIED_NAME = "vllm_hotswap.host.executor.HostedMultiprocExecutor"
-
 
 KILLED_S = 10.0
 """Within which a worker that was killed is to be gone: the kernel gives its memory back first."""

@@ -216,3 +216,7 @@ class CommandResult:
 
 
 Message = Ready | LoadStage | EngineFailed | CommandResult
+
+
+CANARY_ID = "hotswap-canary-"
+"""Prefix of the ids of requests for canaries."""

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vllm_hotswap.compat import loading
-from vllm_hotswap.compat.memory import kv_shares
+from vllm_hotswap.compat.kv_cache import kv_shares
 from vllm_hotswap.devices import Device, device_of
 from vllm_hotswap.errors import HotswapError, NoRoom, one_line
 from vllm_hotswap.failpoints import failpoint

@@ -26,8 +26,8 @@ from vllm_hotswap.garbage import gc_paused
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import Ready, Stop
 from vllm_hotswap.host.threads import remember_cores, use_all_cores
+from vllm_hotswap.log_lines import configure_logging
 from vllm_hotswap.platforms import parse_cores
-from vllm_hotswap.progress import configure_logging
 from vllm_hotswap.quiet import Quiet
 from vllm_hotswap.signals import signal_when_orphaned
 

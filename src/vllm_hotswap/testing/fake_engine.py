@@ -42,8 +42,8 @@ from vllm_hotswap.errors import (
     VerifyFailed,
     WrongStamp,
 )
+from vllm_hotswap.footprint import Footprint, Usage
 from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
-from vllm_hotswap.planner import Footprint, Usage
 from vllm_hotswap.registry import current_lease
 from vllm_hotswap.states import Residency, WakeProgress
 from vllm_hotswap.testing.fake_frontend import TASKS, WORDS, FakeFrontend, Manners, Task

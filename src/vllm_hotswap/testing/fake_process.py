@@ -17,6 +17,7 @@ from vllm_hotswap.compat.stamps import make_stamp, read_stamp
 from vllm_hotswap.engines.base import HostStats, Pulse
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import EngineUnavailable
+from vllm_hotswap.footprint import Usage
 from vllm_hotswap.host.messages import (
     Activate,
     EngineFailed,
@@ -30,7 +31,6 @@ from vllm_hotswap.host.messages import (
     Wake,
     WakeSlice,
 )
-from vllm_hotswap.planner import Usage
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeEngine, FakeHost, FakeSettings
 from vllm_hotswap.testing.fake_frontend import WORDS
 from vllm_hotswap.testing.fake_process_host import Ask, Drop, Durations, Token

@@ -13,9 +13,8 @@ import logging
 from collections.abc import Sequence
 from typing import NoReturn
 
-from vllm_hotswap.adapters import AdapterFiles
 from vllm_hotswap.config import ServerConfig
-from vllm_hotswap.engines.base import Adapter
+from vllm_hotswap.engines.base import Adapter, AdapterFiles
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.listen import DEFAULT_PORT
 from vllm_hotswap.lora_modules import check_names
