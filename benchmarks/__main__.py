@@ -19,9 +19,10 @@ from benchmarks.client import BadAnswer
 from benchmarks.load import Load
 from benchmarks.servers import Launcher, Model, Server, ServerFailed
 from benchmarks.stats import Side
-from vllm_hotswap import demo, event_loop
-from vllm_hotswap.config import ServerConfig, load_config
+from vllm_hotswap.config.reader import ServerConfig, load_config
+from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.errors import ConfigError, HotswapError
+from vllm_hotswap.tasks import event_loop
 
 log = logging.getLogger("benchmarks")
 

@@ -26,11 +26,11 @@ import uvicorn
 
 from benchmarks import environment, report
 from benchmarks.report import Table
-from vllm_hotswap import event_loop
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.demo import free_port
-from vllm_hotswap.settings import SwitchingConfig
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.config.settings import SwitchingConfig
+from vllm_hotswap.demo.quickstart import free_port
+from vllm_hotswap.tasks import event_loop
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 MIB = 1 << 20

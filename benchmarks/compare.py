@@ -41,8 +41,8 @@ from benchmarks.servers import (
     running,
 )
 from benchmarks.stats import Bar, median, percentile, summarize
-from vllm_hotswap import demo
-from vllm_hotswap.config import load_config
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.errors import ConfigError
 
 log = logging.getLogger("benchmarks")

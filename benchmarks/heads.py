@@ -28,15 +28,15 @@ from benchmarks import environment, report
 from benchmarks.bodies import until_it_serves
 from benchmarks.report import Table
 from benchmarks.stats import median, summarize
-from vllm_hotswap import event_loop
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.connections import Config, Connections, bounded
-from vllm_hotswap.demo import free_port
-from vllm_hotswap.listen import bind
-from vllm_hotswap.places import Places
-from vllm_hotswap.server import Server
-from vllm_hotswap.settings import SwitchingConfig
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.config.settings import SwitchingConfig
+from vllm_hotswap.connections.connections import Config, Connections, bounded
+from vllm_hotswap.connections.listen import bind
+from vllm_hotswap.connections.places import Places
+from vllm_hotswap.demo.quickstart import free_port
+from vllm_hotswap.server.run import Server
+from vllm_hotswap.tasks import event_loop
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 SIDES = ("bounded", "plain")

@@ -24,15 +24,15 @@ from benchmarks.report import Table
 from benchmarks.residency.plot import check_installed
 from benchmarks.stats import summarize
 from vllm_hotswap.errors import HotswapError
-from vllm_hotswap.policies import POLICIES, make_policy
-from vllm_hotswap.policy import Decision, PolicySettings, ServeOn
-from vllm_hotswap.scheduler import Ticket
-from vllm_hotswap.simulate.costs import Costs
-from vllm_hotswap.simulate.generate import Shape, generate
-from vllm_hotswap.simulate.report import Figures, figures
-from vllm_hotswap.simulate.run import Simulation, Switched, World, simulate
-from vllm_hotswap.simulate.service import Service
-from vllm_hotswap.trace import TracedModel, TracedSwitching
+from vllm_hotswap.scheduling.policies import POLICIES, make_policy
+from vllm_hotswap.scheduling.policy import Decision, PolicySettings, ServeOn
+from vllm_hotswap.scheduling.scheduler import Ticket
+from vllm_hotswap.simulation.costs import Costs
+from vllm_hotswap.simulation.generate import Shape, generate
+from vllm_hotswap.simulation.report import Figures, figures
+from vllm_hotswap.simulation.run import Simulation, Switched, World, simulate
+from vllm_hotswap.simulation.service import Service
+from vllm_hotswap.simulation.trace import TracedModel, TracedSwitching
 
 MANY = Shape(models=50, requests=100_000, rate=5.0)
 COSTS_S = {"parked": 0.005, "cold": 5.0}

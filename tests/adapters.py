@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.adapters import CONFIG, shapes_of
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.launch.adapter_files import CONFIG, shapes_of
 
 TARGETS = ("q_proj", "v_proj")
 

@@ -12,7 +12,7 @@ from hypothesis import settings
 from tests.depth import examples
 from tests.support import Server
 from tests.virtual import VirtualLoop
-from vllm_hotswap import forgotten
+from vllm_hotswap.system import forgotten
 
 settings.register_profile("fast", deadline=None, max_examples=examples(25))
 settings.load_profile("fast")

@@ -16,7 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-import vllm_hotswap.compat.gloo  # noqa: F401
+import vllm_hotswap.host.gloo  # noqa: F401
 from tests.faults import wait_until
 
 NOBODY = 65_534

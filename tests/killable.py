@@ -22,15 +22,16 @@ import psutil
 from tests.faults import Faults
 from tests.ports import free_port
 from tests.serving import flags
-from vllm_hotswap import event_loop, failpoints
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.listen import Listener
-from vllm_hotswap.log_lines import configure_logging
-from vllm_hotswap.progress import EventLog, StartupProgress
-from vllm_hotswap.server import serve
-from vllm_hotswap.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap import failpoints
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.config.settings import LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.connections.listen import Listener
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.server.run import serve
+from vllm_hotswap.system.log_lines import configure_logging
+from vllm_hotswap.tasks import event_loop
+from vllm_hotswap.telemetry.progress import EventLog, StartupProgress
 from vllm_hotswap.testing.fake_engine import FakeSettings
 from vllm_hotswap.testing.fake_process import FakeProcessHost
 

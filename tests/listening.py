@@ -15,11 +15,11 @@ from uvicorn.server import ServerState
 
 from tests.serving import flags
 from tests.support import Server
-from vllm_hotswap import server as life
-from vllm_hotswap.arrivals import Acceptor
-from vllm_hotswap.connections import Config, Connections
-from vllm_hotswap.listen import Listener, ListenFlags
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.config.settings import LimitsConfig
+from vllm_hotswap.connections.arrivals import Acceptor
+from vllm_hotswap.connections.connections import Config, Connections
+from vllm_hotswap.connections.listen import Listener, ListenFlags
+from vllm_hotswap.server import run as life
 
 PATIENCE_S = 30.0
 """How long a test waits for something that must happen."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vllm_hotswap import helpers
+from vllm_hotswap.system import helpers
 
 PROGRAM = """
 import sys

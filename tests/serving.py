@@ -9,13 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vllm_hotswap import event_loop
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.listen import Listener
-from vllm_hotswap.log_lines import configure_logging
-from vllm_hotswap.progress import EventLog, StartupProgress
-from vllm_hotswap.server import serve
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.connections.listen import Listener
+from vllm_hotswap.server.run import serve
+from vllm_hotswap.system.log_lines import configure_logging
+from vllm_hotswap.tasks import event_loop
+from vllm_hotswap.telemetry.progress import EventLog, StartupProgress
 from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
 from vllm_hotswap.testing.fake_server import parse_flags
 

@@ -15,12 +15,17 @@ from typing import Any
 
 import httpx
 
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.config.settings import (
+    IsolationConfig,
+    LimitsConfig,
+    RecoveryConfig,
+    SwitchingConfig,
+)
 from vllm_hotswap.events import Event
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.registry import ModelSettings
-from vllm_hotswap.settings import IsolationConfig, LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.models.registry import ModelSettings
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
 CHAT = "/v1/chat/completions"

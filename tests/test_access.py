@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from starlette.datastructures import Headers
 
-from vllm_hotswap.access import Access, Caller, KeyFlags, Role
+from vllm_hotswap.access.keys import Keys, KeySource
+from vllm_hotswap.access.rights import Group, Rights
+from vllm_hotswap.access.roles import Access, Caller, KeyFlags, Role
+from vllm_hotswap.api.vllm_routes import vllm_routes
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
-from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.rights import Group, Rights
-from vllm_hotswap.routes import vllm_routes
 
 CLOSED = Access()
 DEV = Access(dev_mode=True)

@@ -12,7 +12,7 @@ import pytest
 from tests.adapters import write_adapter_for
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.roles import Access
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.testing.fake_engine import MAX_RANK
 

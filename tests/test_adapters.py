@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.adapters import write_adapter, write_adapter_for
-from vllm_hotswap.adapters import read_adapter, shapes_of, smallest_rank
-from vllm_hotswap.config import parse_config
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.engines.base import AdapterFiles
+from vllm_hotswap.config.reader import parse_config
+from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.lora_modules import check_names
+from vllm_hotswap.launch.adapter_files import read_adapter, shapes_of, smallest_rank
+from vllm_hotswap.launch.adapters import check_names
+from vllm_hotswap.models.engine import AdapterFiles
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 BASE = {f"{Q_PROJ}.weight": (128, 64)}

@@ -13,9 +13,9 @@ from starlette.routing import Route
 
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap.access import Access
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.settings import RecoveryConfig
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.config.settings import RecoveryConfig
+from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 SWITCH = "/v1/models/switch"

@@ -8,8 +8,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tests.conftest import MakeServer
 from tests.support import CHAT, Server
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import CrossOrigin, HotswapApp
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import CrossOrigin, HotswapApp
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 PAGE = "https://page.example"

@@ -15,11 +15,11 @@ from tests.conftest import MakeServer
 from tests.listening import Listening, Raw, listening_with
 from tests.support import Server
 from tests.test_refusals import AT_ONCE, FEW, WRONG, until
-from vllm_hotswap import arrivals
-from vllm_hotswap.access import Access
-from vllm_hotswap.arrivals import PER_TURN, Arrival
-from vllm_hotswap.connections import Connection
-from vllm_hotswap.steps import Steps
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.connections import arrivals
+from vllm_hotswap.connections.arrivals import PER_TURN, Arrival
+from vllm_hotswap.connections.connections import Connection
+from vllm_hotswap.tasks.steps import Steps
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from hypothesis import given, strategies as st
 
 from tests.conftest import MakeServer
 from tests.support import CHAT, Server
-from vllm_hotswap import asked
+from vllm_hotswap.api import asked
+from vllm_hotswap.api.model_name import SMALL_BYTES, json_fields
+from vllm_hotswap.api.vllm_routes import VLLM_USER_ROUTES
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import CallTooLarge, GrammarTooLarge
-from vllm_hotswap.json_scan import scan
-from vllm_hotswap.model_field import SMALL_BYTES, json_fields
-from vllm_hotswap.model_routes import WEBSOCKET
-from vllm_hotswap.routes import VLLM_USER_ROUTES
-from vllm_hotswap.settings import LimitsConfig
-from vllm_hotswap.turns import at_once
+from vllm_hotswap.models.routes import WEBSOCKET
+from vllm_hotswap.tasks.turns import at_once
+from vllm_hotswap.text.json_scan import scan
 
 LIMITS = LimitsConfig()
 LARGE = {"padding": "x" * SMALL_BYTES}

@@ -19,14 +19,14 @@ from starlette.responses import JSONResponse
 from tests.adapters import write_adapter_for
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap import audit as module
-from vllm_hotswap.access import Access, Role
-from vllm_hotswap.audit import Audited, AuditLine, AuditLog
+from vllm_hotswap.access.roles import Access, Role
+from vllm_hotswap.api import audit as module
+from vllm_hotswap.api.audit import Audited, AuditLine, AuditLog
+from vllm_hotswap.api.feed import event_fields
+from vllm_hotswap.api.vllm_routes import Route, RouteTable
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import JobLeaseChanged, SwitchEnded
-from vllm_hotswap.feed import event_fields
-from vllm_hotswap.progress import EventLog
-from vllm_hotswap.routes import Route, RouteTable
+from vllm_hotswap.telemetry.progress import EventLog
 
 SWITCH = "/v1/models/switch"
 ADMIN = {"authorization": "Bearer admin"}

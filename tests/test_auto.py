@@ -11,12 +11,12 @@ import pytest
 
 from tests.conftest import MakeServer, Play
 from tests.support import CHAT, Server
-from vllm_hotswap.engines.base import Previewed
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.registry import ModelSettings
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.models.engine import Previewed
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.models.registry import ModelSettings
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 BAD_STREAM = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.devices import CpuDevice, DeviceMemory, OwnSleepDevice
 from vllm_hotswap.engines import base_memory
 from vllm_hotswap.engines.base_memory import STEP_BYTES, expected_memory, with_known_base
+from vllm_hotswap.host.devices import CpuDevice, DeviceMemory, OwnSleepDevice
 
 MIB = 1 << 20
 MEASURED = DeviceMemory(total=8000 * MIB, free=6000 * MIB, held=430 * MIB)

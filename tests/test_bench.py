@@ -25,8 +25,8 @@ from benchmarks.stats import (
     ratio,
     summarize,
 )
-from vllm_hotswap import demo
-from vllm_hotswap.config import load_config
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.errors import ConfigError
 
 pytestmark = pytest.mark.slow

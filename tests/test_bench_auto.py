@@ -17,13 +17,13 @@ from benchmarks.auto.run import Case, Found
 from benchmarks.auto.workloads import LEAST_TOKENS, WARM_UP, Amount, prompt, workload
 from benchmarks.client import BadAnswer
 from benchmarks.wire import End, Reply
-from vllm_hotswap.policies import make_policy
-from vllm_hotswap.policy import PolicySettings
-from vllm_hotswap.simulate.costs import Costs
-from vllm_hotswap.simulate.run import World, simulate
-from vllm_hotswap.simulate.service import Service
+from vllm_hotswap.scheduling.policies import make_policy
+from vllm_hotswap.scheduling.policy import PolicySettings
+from vllm_hotswap.simulation.costs import Costs
+from vllm_hotswap.simulation.run import World, simulate
+from vllm_hotswap.simulation.service import Service
+from vllm_hotswap.simulation.trace import Trace, TracedRequest, TracedSwitch, TracedSwitching
 from vllm_hotswap.states import Residency
-from vllm_hotswap.trace import Trace, TracedRequest, TracedSwitch, TracedSwitching
 
 SWITCHING = TracedSwitching(policy="fifo")
 REQUEST = TracedRequest(id=0, model="qwen", arrived_s=0.0, output_tokens=9)

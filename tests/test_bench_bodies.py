@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bodies
-from vllm_hotswap.demo import free_port
-from vllm_hotswap.model_field import from_json
+from vllm_hotswap.api.model_name import from_json
+from vllm_hotswap.demo.quickstart import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]
 

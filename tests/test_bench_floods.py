@@ -16,10 +16,10 @@ from benchmarks.floods.victim import first_token, whole_answer
 from benchmarks.wire import End, Reply
 from tests.conftest import MakeServer
 from tests.listening import listening
-from vllm_hotswap.access import Access
-from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.rights import Group, PerMinute, Rights
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.access.keys import Keys, KeySource
+from vllm_hotswap.access.rights import Group, PerMinute, Rights
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.config.settings import LimitsConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]
 

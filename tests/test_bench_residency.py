@@ -30,8 +30,8 @@ from benchmarks.residency.processes import Held, fields, held
 from benchmarks.residency.remote import DOWN, PHASES, STATES, Switch
 from benchmarks.residency.steps import steps
 from benchmarks.servers import flags, hotswap_config
-from vllm_hotswap import demo
-from vllm_hotswap.config import load_config
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scheduling
-from vllm_hotswap.policy import Policy, PolicySettings
-from vllm_hotswap.simulate.costs import Costs
-from vllm_hotswap.simulate.generate import Shape, generate
-from vllm_hotswap.simulate.report import figures
-from vllm_hotswap.simulate.run import World, simulate
-from vllm_hotswap.trace import TracedModel, TracedSwitching
+from vllm_hotswap.scheduling.policy import Policy, PolicySettings
+from vllm_hotswap.simulation.costs import Costs
+from vllm_hotswap.simulation.generate import Shape, generate
+from vllm_hotswap.simulation.report import figures
+from vllm_hotswap.simulation.run import World, simulate
+from vllm_hotswap.simulation.trace import TracedModel, TracedSwitching
 
 pytestmark = [pytest.mark.slow, pytest.mark.wide]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY, Counter
 
-from vllm_hotswap.compat.frontend import watch_outputs
-from vllm_hotswap.metrics import exposition
-from vllm_hotswap.vllm_metrics import adopting_frontend_metrics, forget_frontend_metrics
+from vllm_hotswap.engines.frontend import watch_outputs
+from vllm_hotswap.engines.vllm_metrics import adopting_frontend_metrics, forget_frontend_metrics
+from vllm_hotswap.telemetry.metrics import exposition
 
 
 class Client:

@@ -9,17 +9,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.budget import (
+from vllm_hotswap.config.sizes import MemoryBudget, parse_size, resolve_size
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.host.devices import DeviceMemory
+from vllm_hotswap.launch.budget import (
     OVERHEAD_BYTES,
     READING_BYTES,
     ModelNeeds,
     resolve_budget,
     share_kv_memory,
 )
-from vllm_hotswap.devices import DeviceMemory
-from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.sizes import MemoryBudget, parse_size, resolve_size
+from vllm_hotswap.models.footprint import Usage
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_hotswap.caches import GIVEN, check_caches, code_caches
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.system.caches import GIVEN, check_caches, code_caches
 
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
@@ -208,7 +208,7 @@ def test_the_cache_of_whoever_called_sudo_is_his_own(
 
 AS_SOMEBODY = """
 import logging, os, sys
-from vllm_hotswap.caches import code_caches
+from vllm_hotswap.system.caches import code_caches
 from vllm_hotswap.errors import ConfigError
 logging.basicConfig()
 os.setgroups([]); os.setgid(4321); os.setuid(4321)

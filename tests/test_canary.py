@@ -19,13 +19,13 @@ import pytest
 
 from tests.serving import flags
 from tests.support import CHAT, settled
-from vllm_hotswap import server
-from vllm_hotswap.access import Access, KeyFlags
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.config import load_config
+from vllm_hotswap.access.roles import Access, KeyFlags
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.connections.listen import Listener
 from vllm_hotswap.errors import ConfigError, HotswapError
-from vllm_hotswap.listen import Listener
-from vllm_hotswap.progress import EventLog, StartupProgress
+from vllm_hotswap.server import run as server
+from vllm_hotswap.telemetry.progress import EventLog, StartupProgress
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 pytestmark = pytest.mark.slow

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from vllm_hotswap.check import ModelReport, Report, table
+from vllm_hotswap.cli.check import ModelReport, Report, table
 from vllm_hotswap.errors import ConfigError, ConfigMistakes, Mistake, one_line
-from vllm_hotswap.progress import CheckProgress
+from vllm_hotswap.telemetry.progress import CheckProgress
 
 
 class Terminal(io.StringIO):

@@ -68,11 +68,11 @@ from tools.gaudi.server import (
     surroundings,
     weights_bytes,
 )
-from vllm_hotswap.caches import check_caches
-from vllm_hotswap.config import load_config
+from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.errors import InvalidRequest
-from vllm_hotswap.ladder import Ladder
+from vllm_hotswap.residency.ladder import Ladder
 from vllm_hotswap.states import Residency
+from vllm_hotswap.system.caches import check_caches
 
 # --- what the file omits -------------------------------------------------------------------------
 

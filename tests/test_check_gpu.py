@@ -44,7 +44,7 @@ from tools.gpu.serving import log_checks
 from tools.gpu.sizes import BIG, MID, SMALL, Room, Sizes, choose, weights_bytes
 from tools.gpu.stock import Side, utilization
 from tools.gpu.task import END_S as STOP_S, SHORTEST_S, Rounds, Task
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.host import cuda_driver
 from vllm_hotswap.host.cuda_driver import Driver
 

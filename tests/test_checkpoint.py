@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.checkpoint import (
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.launch.checkpoint import (
     CHUNK_BYTES,
     INDEX,
     check_description,
@@ -21,8 +23,6 @@ from vllm_hotswap.checkpoint import (
     weight_files,
     weight_files_bytes,
 )
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.errors import ConfigError
 
 
 def write_safetensors(file: Path, *sizes: int, cut: int = 0) -> None:

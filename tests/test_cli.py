@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.cli import COMMANDS, file_first, main
-from vllm_hotswap.compat.versions import RUN_ON
+from vllm_hotswap.cli.main import COMMANDS, file_first, main
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.misspelt import explained, refuse_misspelt
+from vllm_hotswap.host.vllm_versions import RUN_ON
+from vllm_hotswap.launch.misspelt import explained, refuse_misspelt
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_message_of_vllms_parser_gets_the_nearest_flag() -> None:
 
 def test_commands_for_a_server_load_no_more_than_they_need() -> None:
     """Commands for a server load neither pydantic nor Starlette, which take a second."""
-    code = "import sys, vllm_hotswap.cli; print(*sys.modules)"
+    code = "import sys, vllm_hotswap.cli.main; print(*sys.modules)"
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )

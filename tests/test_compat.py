@@ -9,10 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from vllm_hotswap.compat.configuration import nearest_architectures, plain_value
-from vllm_hotswap.compat.names import PLACES, find
-from vllm_hotswap.compat.versions import READ_ON, RUN_ON, warning
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.host.vllm_names import PLACES, find
+from vllm_hotswap.host.vllm_versions import READ_ON, RUN_ON, warning
+from vllm_hotswap.launch.vllm_config import nearest_architectures, plain_value
 
 TWO_PLACES = {"thing": {"2.0": "away.new.place", "1.0": "away.old"}}
 OLD, NEW = object(), object()

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap.config import (
+from vllm_hotswap.access.rights import Rights
+from vllm_hotswap.config.reader import (
     ServerConfig,
     load_config,
     parse_config,
     read_config,
     unknown_key,
 )
+from vllm_hotswap.config.sampling import SamplingPolicy
+from vllm_hotswap.config.settings import SwitchingConfig, overrides
+from vllm_hotswap.config.sizes import MemoryBudget
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.rights import Rights
-from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.settings import SwitchingConfig, overrides
-from vllm_hotswap.sizes import MemoryBudget
 
 Load = Callable[[str], ServerConfig]
 

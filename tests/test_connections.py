@@ -28,10 +28,10 @@ from tests.listening import (
     listening_with,
 )
 from tests.support import Server
-from vllm_hotswap import connections
-from vllm_hotswap.access import Access
-from vllm_hotswap.registry import Lease, current_lease
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.config.settings import LimitsConfig
+from vllm_hotswap.connections import connections
+from vllm_hotswap.models.registry import Lease, current_lease
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"

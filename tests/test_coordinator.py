@@ -30,7 +30,7 @@ from vllm_hotswap.events import (
     ResidencyChanged,
     SwitchEnded,
 )
-from vllm_hotswap.registry import Lease
+from vllm_hotswap.models.registry import Lease
 
 PHASES = ["validate", "drain", "make_room", "bring_up", "activate", "verify"]
 
@@ -483,7 +483,7 @@ async def test_request_that_does_not_end_is_cancelled(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request that ignores its abort does not block the switch for ever."""
-    monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 0.01)
+    monkeypatch.setattr("vllm_hotswap.models.drain.CUT_GRACE_S", 0.01)
 
     async def deaf() -> None:
         async with server.coordinator.lease("llama"):

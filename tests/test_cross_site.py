@@ -21,17 +21,17 @@ import pytest
 from starlette.datastructures import Headers
 
 from tests.serving import flags
-from vllm_hotswap import server
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.cross_site import SAFE_METHODS, CrossSite
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.api.cross_site import SAFE_METHODS, CrossSite
+from vllm_hotswap.api.vllm_routes import Route
+from vllm_hotswap.config.settings import SwitchingConfig
+from vllm_hotswap.connections.listen import Listener, ListenFlags
 from vllm_hotswap.errors import CrossOriginRefused, HostRefused
-from vllm_hotswap.listen import Listener, ListenFlags
-from vllm_hotswap.log_lines import escape_records
-from vllm_hotswap.model_routes import WEBSOCKET
-from vllm_hotswap.progress import StartupProgress
-from vllm_hotswap.routes import Route
-from vllm_hotswap.settings import SwitchingConfig
+from vllm_hotswap.models.routes import WEBSOCKET
+from vllm_hotswap.server import run as server
+from vllm_hotswap.system.log_lines import escape_records
+from vllm_hotswap.telemetry.progress import StartupProgress
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 PLAIN, FORM = "text/plain;charset=UTF-8", "application/x-www-form-urlencoded"

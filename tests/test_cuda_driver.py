@@ -12,7 +12,7 @@ from tests.cuda import FakeCuda
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host import cuda_driver
 from vllm_hotswap.host.cuda_driver import Driver, DriverError, check_driver
-from vllm_hotswap.nvml import device_free_bytes, used_bytes_of
+from vllm_hotswap.host.nvml import device_free_bytes, used_bytes_of
 
 GIB = 1 << 30
 
@@ -212,7 +212,7 @@ def test_what_processes_use_of_a_device_is_told_where_it_is_known(
 
 def test_free_memory_is_unknown_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the library free memory is unknown, as on this machine."""
-    monkeypatch.setattr("vllm_hotswap.nvml.LIBRARY", "libnvml-of-nobody.so.1")
+    monkeypatch.setattr("vllm_hotswap.host.nvml.LIBRARY", "libnvml-of-nobody.so.1")
 
     assert device_free_bytes(WithBus()) is None
     assert used_bytes_of([7], WithBus()) is None

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.budget import ModelNeeds, share_kv_memory
-from vllm_hotswap.config import ModelConfig, load_config
-from vllm_hotswap.devices import CUDA_WORKER, HOSTED_CPU_WORKER, DeviceMemory
+from vllm_hotswap.config.reader import ModelConfig, load_config
+from vllm_hotswap.config.sizes import MemoryBudget
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host import cuda_driver
-from vllm_hotswap.launch import ModelLaunch, _reason, budget_of, refuse_sleep_mode
-from vllm_hotswap.sizes import MemoryBudget
+from vllm_hotswap.host.devices import CUDA_WORKER, HOSTED_CPU_WORKER, DeviceMemory
+from vllm_hotswap.launch.budget import ModelNeeds, share_kv_memory
+from vllm_hotswap.launch.prepare import ModelLaunch, _reason, budget_of, refuse_sleep_mode
 
 GIB = 1 << 30
 

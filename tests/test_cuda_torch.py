@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from tests.rehearsal_results import record
-from vllm_hotswap.devices import CudaDevice
 from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_memory import ModelMemory
 from vllm_hotswap.host.cuda_pools import ModelPools, TorchCuda
+from vllm_hotswap.host.devices import CudaDevice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

@@ -17,10 +17,10 @@ import pytest
 
 from tests.ports import free_port
 from tests.remote_server import listening_server
-from vllm_hotswap import demo
-from vllm_hotswap.cli import main
-from vllm_hotswap.config import load_config
-from vllm_hotswap.demo import Steps, closing, write
+from vllm_hotswap.cli.main import main
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo import quickstart as demo
+from vllm_hotswap.demo.quickstart import Steps, closing, write
 from vllm_hotswap.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -169,7 +169,7 @@ def test_a_port_that_is_taken_is_left_to_who_has_it(
 
 WAITING_DEMO = """
 import sys
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 
 demo.SERVER_MODULE = "tests.serving"  # its model answers nothing until it is told to stop
 demo.online_flow = lambda client: demo.chat(client, "llama")

@@ -6,7 +6,7 @@ import re
 
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.roles import Access
 
 
 async def test_description_lists_exactly_our_own_routes(server: Server) -> None:

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_hotswap import devices
-from vllm_hotswap.devices import (
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.host import devices
+from vllm_hotswap.host.devices import (
     CPU_WORKER,
     CUDA_WORKER,
     GAUDI_WORKER,
@@ -31,7 +32,6 @@ from vllm_hotswap.devices import (
     anonymous_bytes,
     device_of,
 )
-from vllm_hotswap.errors import ConfigError
 
 MIB = 1 << 20
 GIB = 1 << 30

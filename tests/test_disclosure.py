@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.disclosure import MAX_REDACTED, redact
+from vllm_hotswap.api.redaction import MAX_REDACTED, redact
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ import pytest
 
 from tests.remote_server import listening_server
 from tools import reference
-from vllm_hotswap import demo, errors, failpoints, remote
-from vllm_hotswap.cli import make_parser
-from vllm_hotswap.config import load_config
-from vllm_hotswap.demo import write
-from vllm_hotswap.metrics import SwitchMetrics
+from vllm_hotswap import errors, failpoints
+from vllm_hotswap.cli import remote
+from vllm_hotswap.cli.main import make_parser
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo import quickstart as demo
+from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.states import TRANSITIONS, Residency, Step, SwitchPhase
+from vllm_hotswap.telemetry.metrics import SwitchMetrics
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 ROOT = Path(__file__).parent.parent

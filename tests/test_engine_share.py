@@ -9,7 +9,7 @@ from itertools import count
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from vllm_hotswap.engine_share import RECENT_S, STEPS, EngineShare, _Place, _Request
+from vllm_hotswap.engines.engine_share import RECENT_S, STEPS, EngineShare, _Place, _Request
 
 PLACES = 8
 STEP_TOKENS = 100

@@ -17,10 +17,9 @@ import pytest
 import torch
 import torch._dynamo.config
 
-from vllm_hotswap.compat import gaudi
-from vllm_hotswap.compat.hashing import with_own_globals
-from vllm_hotswap.compat.state import STATE, Owner, State, is_known, of_owner
 from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.host import gaudi
+from vllm_hotswap.host.hashing import with_own_globals
 from vllm_hotswap.host.randomness import Randomness, drawing_nothing
 from vllm_hotswap.host.state import (
     CONTAINERS,
@@ -33,6 +32,7 @@ from vllm_hotswap.host.state import (
     cells,
     in_own_state,
 )
+from vllm_hotswap.host.vllm_state import STATE, Owner, State, is_known, of_owner
 
 pytestmark = pytest.mark.slow
 
@@ -364,7 +364,7 @@ def test_hashes_begin_at_the_root_of_their_engine(monkeypatch: pytest.MonkeyPatc
 )
 def test_a_place_that_was_renamed_is_told(name: str, since: str, is_told: bool) -> None:
     """A place that exists only in later versions is not reported; its value does not matter."""
-    state = State(f"vllm_hotswap.compat.state:{name}", Owner.ENGINE, "a reason", since)
+    state = State(f"vllm_hotswap.host.vllm_state:{name}", Owner.ENGINE, "a reason", since)
 
     assert is_told == bool(absent([state]))
 
@@ -386,14 +386,14 @@ def test_places_are_found() -> None:
     """Variables, attributes and all values of a table are found, and none without a module."""
     (variable,) = cells("os:environ[HOME]")
     (attribute,) = cells("os.path:sep")
-    (inner,) = cells("vllm_hotswap.compat.state:Owner.ENGINE._value_")
-    several = list(cells("vllm_hotswap.compat.state:Owner._member_map_.*._value_"))
+    (inner,) = cells("vllm_hotswap.host.vllm_state:Owner.ENGINE._value_")
+    several = list(cells("vllm_hotswap.host.vllm_state:Owner._member_map_.*._value_"))
 
     assert os.environ.get("HOME", MISSING) == variable.get()
     assert ("/", "engine") == (attribute.get(), inner.get())
     assert [owner.value for owner in Owner] == [cell.get() for cell in several]
     assert [] == list(cells("vllm_hotswap.no_such_module:name"))
-    assert [] == list(cells("vllm_hotswap.compat.state:nothing.name"))
+    assert [] == list(cells("vllm_hotswap.host.vllm_state:nothing.name"))
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_hotswap.caches import GIVEN
-from vllm_hotswap.environment import (
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.system.caches import GIVEN
+from vllm_hotswap.system.environment import (
     shut_out_others,
     shut_out_others_without_cache,
     shut_out_writers,
 )
-from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.forgotten import set_aside, value_of
+from vllm_hotswap.system.forgotten import set_aside, value_of
 from vllm_hotswap.testing.fake_process import FakeProcessHost
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
@@ -31,7 +31,7 @@ KEY = "sk-of-an-admin"
 FORGET = """
 import os
 from pathlib import Path
-from vllm_hotswap.forgotten import forget
+from vllm_hotswap.system.forgotten import forget
 forget(["VLLM_API_KEY", "EMPTY", "NOT_SET"])
 print(os.environ.get("VLLM_API_KEY"), os.environ["LIKE_VLLM_API_KEY"])
 print(Path("/proc/self/environ").read_bytes())

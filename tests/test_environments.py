@@ -22,10 +22,10 @@ from pathlib import Path
 import pytest
 
 from tests.remote_server import Canned, Listening, canned_server, listening_server
-from vllm_hotswap import remote
 from vllm_hotswap.__main__ import main as program
-from vllm_hotswap.access import Access
-from vllm_hotswap.cli import COMMANDS, INTERRUPTED, main
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.cli import remote
+from vllm_hotswap.cli.main import COMMANDS, INTERRUPTED, main
 
 pytestmark = pytest.mark.slow
 
@@ -329,14 +329,14 @@ class Interrupting:
     """Finds modules, and is interrupted when it searches for one of ours."""
 
     def find_spec(self, name: str, *_: object) -> None:
-        if name == "vllm_hotswap.cli":
+        if name == "vllm_hotswap.cli.main":
             raise KeyboardInterrupt
 
 
 def test_an_interrupt_of_the_imports_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interrupt during the imports, as after a typing mistake, gives no traceback."""
-    monkeypatch.delitem(sys.modules, "vllm_hotswap.cli")
-    monkeypatch.delattr("vllm_hotswap.cli")
+    monkeypatch.delitem(sys.modules, "vllm_hotswap.cli.main")
+    monkeypatch.delattr("vllm_hotswap.cli.main")
     monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
 
     assert 130 == program()
@@ -346,7 +346,7 @@ def test_an_error_that_nobody_thought_of_is_one_line_with_its_place(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An unexpected error is one line with its place, so that it can be reported."""
-    monkeypatch.setattr("vllm_hotswap.remote.call", lambda *_: 1 / 0)
+    monkeypatch.setattr("vllm_hotswap.cli.remote.call", lambda *_: 1 / 0)
 
     ended = run("status")
 

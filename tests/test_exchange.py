@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
+from vllm_hotswap.api.refusals import DOOR
+from vllm_hotswap.api.relay import REFUSAL_BYTES, ResponseRelay
 from vllm_hotswap.errors import AdapterUnavailable, QueueFull
-from vllm_hotswap.exchange import REFUSAL_BYTES, ResponseRelay
-from vllm_hotswap.refusals import DOOR
-from vllm_hotswap.registry import Lease
+from vllm_hotswap.models.registry import Lease
 
 
 class Door:

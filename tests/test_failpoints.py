@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from vllm_hotswap import failpoints
-from vllm_hotswap.config import load_config
-from vllm_hotswap.demo import write
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.failpoints import InjectedFault, async_failpoint, failpoint
-from vllm_hotswap.server import run as run_server
+from vllm_hotswap.server.run import run as run_server
 from vllm_hotswap.states import SwitchPhase
 
 PROGRAM = """

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from vllm_hotswap.fair_pool import LONG_S, FairPool, Overdue
+from vllm_hotswap.tasks.fair_pool import LONG_S, FairPool, Overdue
 
 SOON_S = 30.0
 
@@ -148,7 +148,7 @@ def test_a_pool_that_ends_does_what_it_has_or_gives_it_up(work: Work, cancels: b
 
 ENDLESS = """
 import threading
-from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.tasks.fair_pool import FairPool
 
 began = threading.Event()
 

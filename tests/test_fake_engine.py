@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import settled
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
-from vllm_hotswap.footprint import Usage
+from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.states import LADDER
 from vllm_hotswap.testing.fake_engine import FakeEngine, FakeHost, FakeSettings
 

@@ -19,8 +19,8 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from tests.faults import wait_until
-from vllm_hotswap import demo
-from vllm_hotswap.cli import main
+from vllm_hotswap.cli.main import main
+from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.testing.fake_server import parse_flags
 
@@ -45,7 +45,7 @@ for name in ("vllm", "torch", "transformers"):
     except ModuleNotFoundError:
         continue
     sys.exit(f"{name} is there")
-from vllm_hotswap.cli import main
+from vllm_hotswap.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 """The command line in an environment without vLLM and torch."""

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.support import settled
+from vllm_hotswap.api.feed import EventFeed, as_message, event_fields, event_name
 from vllm_hotswap.events import PinChanged, ResidencyChanged, SwitchEnded
-from vllm_hotswap.feed import EventFeed, as_message, event_fields, event_name
 from vllm_hotswap.states import Residency
 
 PINNED = PinChanged(3, "llama", True)
@@ -82,7 +82,7 @@ async def test_subscriber_that_does_not_read_is_let_go(
     feed: EventFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A subscriber that does not read gets the kept events and the end; the others continue."""
-    monkeypatch.setattr("vllm_hotswap.feed.MAX_BEHIND", 2)
+    monkeypatch.setattr("vllm_hotswap.api.feed.MAX_BEHIND", 2)
     slow = feed.stream()
     await anext(slow)
 
@@ -100,7 +100,7 @@ async def test_silence_is_broken_by_comments(
     feed: EventFeed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Comments keep proxies from closing an idle stream, and cost no event."""
-    monkeypatch.setattr("vllm_hotswap.feed.KEEP_ALIVE_S", 0.001)
+    monkeypatch.setattr("vllm_hotswap.api.feed.KEEP_ALIVE_S", 0.001)
     stream = feed.stream()
     await anext(stream)
 

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from vllm_hotswap.first_head import Malformed, first_head
+from vllm_hotswap.connections.first_head import Malformed, first_head
 
 GET = b"GET /he%61lth?full=1 HTTP/1.1\r\nHost: x\r\nX-API-Key: Right\r\n\r\n"
 SHAKE = b"GET /v1/realtime HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: WebSocket\r\n\r\n"

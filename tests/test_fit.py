@@ -6,15 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_hotswap.policies import make_policy
-from vllm_hotswap.policy import PolicySettings
-from vllm_hotswap.simulate.costs import Costs
-from vllm_hotswap.simulate.fit import Clock, common, least_squares, non_negative, services
-from vllm_hotswap.simulate.generate import Shape, generate
-from vllm_hotswap.simulate.run import World, simulate
-from vllm_hotswap.simulate.service import Service
-from vllm_hotswap.states import Residency
-from vllm_hotswap.trace import (
+from vllm_hotswap.scheduling.policies import make_policy
+from vllm_hotswap.scheduling.policy import PolicySettings
+from vllm_hotswap.simulation.costs import Costs
+from vllm_hotswap.simulation.fit import Clock, common, least_squares, non_negative, services
+from vllm_hotswap.simulation.generate import Shape, generate
+from vllm_hotswap.simulation.run import World, simulate
+from vllm_hotswap.simulation.service import Service
+from vllm_hotswap.simulation.trace import (
     Head,
     Trace,
     TracedModel,
@@ -22,6 +21,7 @@ from vllm_hotswap.trace import (
     TracedSwitch,
     TracedSwitching,
 )
+from vllm_hotswap.states import Residency
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from typing import NoReturn
 
 import pytest
 
-from vllm_hotswap.config import load_config, read_config
+from vllm_hotswap.config.reader import load_config, read_config
 from vllm_hotswap.errors import ConfigError, ConfigMistakes
-from vllm_hotswap.flags import model_words, setting_mistakes
+from vllm_hotswap.launch.flags import model_words, setting_mistakes
 
 
 class Parser(argparse.ArgumentParser):

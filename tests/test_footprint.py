@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_hotswap.budget import ModelNeeds
-from vllm_hotswap.devices import (
+from vllm_hotswap.engines.vllm_engine import footprint_of
+from vllm_hotswap.host.devices import (
     CpuDevice,
     CudaDevice,
     Device,
@@ -15,9 +15,9 @@ from vllm_hotswap.devices import (
     OwnSleepDevice,
     RocmDevice,
 )
-from vllm_hotswap.engines.vllm import footprint_of
-from vllm_hotswap.footprint import Usage
 from vllm_hotswap.host.messages import Loaded
+from vllm_hotswap.launch.budget import ModelNeeds
+from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.states import Residency
 
 NEEDS = ModelNeeds(

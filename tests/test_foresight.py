@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import Server
 from vllm_hotswap.events import PredictionSettled
-from vllm_hotswap.footprint import Usage
+from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20

@@ -15,8 +15,8 @@ from schemathesis import Case, Response, checks
 from starlette.types import Receive, Scope, Send
 
 from tests.support import Server
-from vllm_hotswap.access import Access
-from vllm_hotswap.footprint import Usage
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.models.footprint import Usage
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from vllm_hotswap import devices
-from vllm_hotswap.cli import _unexpected_error
-from vllm_hotswap.compat import gaudi
-from vllm_hotswap.compat.versions import require_vllm
+from vllm_hotswap.cli.main import _unexpected_error
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.forgotten import set_aside
-from vllm_hotswap.launch import _reason
+from vllm_hotswap.host import devices, gaudi
+from vllm_hotswap.host.vllm_versions import require_vllm
+from vllm_hotswap.launch.prepare import _reason
+from vllm_hotswap.system.forgotten import set_aside
 
 NO_DEVICE = RuntimeError("Failed to infer device type, please set `VLLM_LOGGING_LEVEL=DEBUG`")
 WANTED = ("VLLM_HPU_MULTI_MODEL_CONFIG", "models.yaml")

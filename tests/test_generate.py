@@ -9,8 +9,8 @@ from statistics import mean, pvariance
 
 import pytest
 
-from vllm_hotswap.simulate.generate import KINDS, Kind, Shape, generate, shares
-from vllm_hotswap.trace import Trace, TracedModel, TracedSwitching
+from vllm_hotswap.simulation.generate import KINDS, Kind, Shape, generate, shares
+from vllm_hotswap.simulation.trace import Trace, TracedModel, TracedSwitching
 
 pytestmark = pytest.mark.slow
 

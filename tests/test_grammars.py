@@ -16,8 +16,9 @@ import pytest
 
 from tests.faults import wait_until
 from tests.scripted_helper import SCRIPTED
-from vllm_hotswap.compat import grammars
-from vllm_hotswap.compat.grammars import (
+from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout
+from vllm_hotswap.host import grammars
+from vllm_hotswap.host.grammars import (
     ACCOUNT,
     SLOW,
     Checks,
@@ -28,10 +29,9 @@ from vllm_hotswap.compat.grammars import (
     sign,
     take_turns,
 )
-from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout
-from vllm_hotswap.fair_pool import LONG_S, FairPool
-from vllm_hotswap.helpers import Bounds, Errand, Helpers
-from vllm_hotswap.registry import Lease, current_lease
+from vllm_hotswap.models.registry import Lease, current_lease
+from vllm_hotswap.system.helpers import Bounds, Errand, Helpers
+from vllm_hotswap.tasks.fair_pool import LONG_S, FairPool
 
 SOON_S = 30.0
 

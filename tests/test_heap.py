@@ -14,7 +14,7 @@ from vllm_hotswap.host.heap import give_back_free_memory
 MIB = 1 << 20
 
 FREE_EVERY_OTHER_BLOCK = """
-from vllm_hotswap.devices import anonymous_bytes
+from vllm_hotswap.host.devices import anonymous_bytes
 from vllm_hotswap.host.heap import large_blocks_mapped
 
 learnt = bytearray(31 << 20)

@@ -11,10 +11,10 @@ from tests.conftest import MakeServer
 from tests.listening import Listening, Raw, listening_with
 from tests.support import Server
 from tests.test_refusals import COMPLETION, FEW, RIGHT, WRONG, held, post, until
-from vllm_hotswap.access import Access
-from vllm_hotswap.connections import Connection
-from vllm_hotswap.deadlines import Wheel
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.config.settings import LimitsConfig
+from vllm_hotswap.connections.connections import Connection
+from vllm_hotswap.tasks.deadlines import Wheel
 
 ONE_PLACE = LimitsConfig(refusals_per_second=1, connections=1)
 

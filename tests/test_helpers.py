@@ -16,7 +16,7 @@ import pytest
 
 from tests.faults import wait_until
 from tests.scripted_helper import SCRIPTED
-from vllm_hotswap.helpers import (
+from vllm_hotswap.system.helpers import (
     Bounds,
     Errand,
     HelperFailed,
@@ -160,7 +160,7 @@ def test_a_helper_ends_with_its_parent(what: str) -> None:
     """A helper ends with its parent, however that ends, and whether it works or waits."""
     program = f"""
 import threading, time
-from vllm_hotswap.helpers import *
+from vllm_hotswap.system.helpers import *
 helpers = Helpers({SCRIPTED!r})
 threading.Thread(target=Errand(helpers, Bounds()).do, args=[{what!r}], daemon=True).start()
 while not helpers.pids or ({what!r} == "pass" and not helpers._idle):

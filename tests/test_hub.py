@@ -18,7 +18,7 @@ from tests.ports import free_port
 ASK = """
 import sys
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.hub import require_known
+from vllm_hotswap.launch.hub import require_known
 try:
     require_known(sys.argv[1], sys.argv[2] or None)
 except ConfigError as error:

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import Play
 from tests.support import Server
 from vllm_hotswap.events import SwitchEnded
-from vllm_hotswap.registry import ModelSettings
+from vllm_hotswap.models.registry import ModelSettings
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 REST = {"llama": ModelSettings(idle_sleep_s=10, idle_unload_s=60)}

@@ -8,7 +8,7 @@ import time
 import psutil
 import pytest
 
-from vllm_hotswap.compat.inspection import _one_process
+from vllm_hotswap.launch.inspection import _one_process
 
 FOR_EVER_S = 3600.0
 

@@ -46,8 +46,7 @@ from tests.adapters import write_adapter_for
 from tests.depth import examples
 from tests.virtual import VirtualLoop
 from tests.walk import ALIASES, RECOVERY, Ask, Call, Invariant, Shape, SwitchCall, World, words_of
-from vllm_hotswap.dispatch import MAX_BACKOFF_S
-from vllm_hotswap.engines.base import Adapter
+from vllm_hotswap.api.bodies import BYTES_PER_VALUE, PLAIN_BYTES_PER_BYTE
 from vllm_hotswap.errors import NoRoom
 from vllm_hotswap.events import (
     ClientEvicted,
@@ -63,9 +62,10 @@ from vllm_hotswap.events import (
     SwitchEnded,
     WakeChanged,
 )
-from vllm_hotswap.limits import BYTES_PER_VALUE, PLAIN_BYTES_PER_BYTE
-from vllm_hotswap.registry import Lease
+from vllm_hotswap.models.engine import Adapter
+from vllm_hotswap.models.registry import Lease
 from vllm_hotswap.states import Residency, ServerState, SwitchPhase
+from vllm_hotswap.switching.auto import MAX_BACKOFF_S
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ import pytest
 from starlette.datastructures import Headers
 
 from tests.conftest import MakeServer
-from vllm_hotswap.access import Access, Sharing
-from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.rights import Group, Rights
-from vllm_hotswap.settings import IsolationConfig
+from vllm_hotswap.access.keys import Keys, KeySource
+from vllm_hotswap.access.rights import Group, Rights
+from vllm_hotswap.access.roles import Access, Sharing
+from vllm_hotswap.config.settings import IsolationConfig
 
 
 def group(name: str, *keys: str) -> Group:

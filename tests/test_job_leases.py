@@ -12,10 +12,10 @@ from hypothesis import given, strategies as st
 
 from tests.conftest import MakeServer, Play
 from tests.support import Server
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.roles import Access
 from vllm_hotswap.errors import HotswapError, ModelLeased, UnknownLease
 from vllm_hotswap.events import JobLeaseChanged, SwitchEnded
-from vllm_hotswap.job_leases import JobLease, JobLeases
+from vllm_hotswap.switching.job_leases import JobLease, JobLeases
 
 NOW_S = 100.0
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import keys
+from vllm_hotswap.access import keys
+from vllm_hotswap.access.keys import Keys, KeySource, parse_key_file, read_key_file, split_keys
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.keys import Keys, KeySource, parse_key_file, read_key_file, split_keys
 
 SECRET = "sk-canary-4711"
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.compat import kv_cache
-from vllm_hotswap.compat.kv_cache import BOTH, CHUNKED, FULL, NONE, SLIDING, STATE
+from vllm_hotswap.host import kv_cache
+from vllm_hotswap.host.kv_cache import BOTH, CHUNKED, FULL, NONE, SLIDING, STATE
 
 HALF = SimpleNamespace(itemsize=2)
 

@@ -14,11 +14,11 @@ from hypothesis import given, settings, strategies as st
 from tests.conftest import MakeServer
 from tests.depth import examples
 from tests.support import Recorder, Server, settled
-from vllm_hotswap.coordinator import Coordinator
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.events import ModelMoved, PhaseChanged, PinChanged
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.registry import Lease, ModelSettings
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.models.registry import Lease, ModelSettings
+from vllm_hotswap.switching.coordinator import Coordinator
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
 MIB = 1 << 20
@@ -928,7 +928,7 @@ async def test_idle_models_are_looked_at_until_the_server_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The idle check runs until the server ends, even if a model cannot be put to sleep."""
-    monkeypatch.setattr("vllm_hotswap.coordinator.IDLE_CHECK_S", 0)
+    monkeypatch.setattr("vllm_hotswap.switching.coordinator.IDLE_CHECK_S", 0)
     clocked = await Clocked(b=ModelSettings(idle_sleep_s=10)).start()
     clocked.now += 10
     clocked.host.fail_next("sleep", "b")

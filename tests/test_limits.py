@@ -14,13 +14,20 @@ import pytest
 from tests.conftest import MakeServer
 from tests.support import CHAT
 from tests.virtual import VirtualLoop
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.rights import EVERYBODY, Account
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.bodies import (
+    BYTES_PER_VALUE,
+    PIECE_BYTES,
+    Bodies,
+    ClientGone,
+    Ledger,
+    text_bytes,
+)
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import BodyTimeout, BodyTooLarge, QueueFull
-from vllm_hotswap.limits import BYTES_PER_VALUE, PIECE_BYTES, Bodies, ClientGone, Ledger, text_bytes
-from vllm_hotswap.rate import Rate
-from vllm_hotswap.rights import EVERYBODY, Account
-from vllm_hotswap.settings import LimitsConfig
-from vllm_hotswap.turns import at_once
+from vllm_hotswap.tasks.rate import Rate
+from vllm_hotswap.tasks.turns import at_once
 
 
 class Clock:

@@ -18,11 +18,17 @@ from starlette.types import Receive, Scope, Send
 
 from tests.ports import free_port
 from tests.serving import flags
-from vllm_hotswap.demo import _is_free
+from vllm_hotswap.connections.listen import (
+    Listener,
+    ListenFlags,
+    bind,
+    check_address,
+    most_connections,
+)
+from vllm_hotswap.connections.port_file import PortFile
+from vllm_hotswap.demo.quickstart import _is_free
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.file_limit import raised_file_limit
-from vllm_hotswap.listen import Listener, ListenFlags, bind, check_address, most_connections
-from vllm_hotswap.port_file import PortFile
+from vllm_hotswap.system.file_limit import raised_file_limit
 
 
 async def nothing(scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,7 +104,7 @@ def test_a_port_in_use_is_told_before_vllm_is_loaded(tmp_path: Path) -> None:
     models.write_text("models: {a: {model: org/a}}")
     code = """
 import sys
-from vllm_hotswap.cli import main
+from vllm_hotswap.cli.main import main
 status = main(["serve", *sys.argv[1:]])
 print("vllm" in sys.modules)
 sys.exit(status)

@@ -22,13 +22,13 @@ from tests.depth import examples
 from tests.listening import Raw, exchange, listening_with
 from tests.serving import flags
 from tests.support import Server
-from vllm_hotswap import forwarded
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.connections import forwarded
+from vllm_hotswap.connections.listen import Listener, ListenFlags
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import Event, LoadProgress, SwitchEnded
-from vllm_hotswap.listen import Listener, ListenFlags
-from vllm_hotswap.log_lines import escape_records, escaped, value_text
-from vllm_hotswap.progress import EventLog
+from vllm_hotswap.system.log_lines import escape_records, escaped, value_text
+from vllm_hotswap.telemetry.progress import EventLog
 
 FORGED = '6.6.6.6 - "POST /v1/models/switch HTTP/1.1" 200 OK'
 LINE = re.compile(

@@ -13,11 +13,18 @@ from tests.depth import examples
 from tests.support import CHAT, Server
 from tests.virtual import VirtualLoop
 from vllm_hotswap.events import SwitchEnded
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.policies import POLICIES
-from vllm_hotswap.policy import WORKED_S, Decision, Policy, PolicySettings, Snapshot, SwitchTo
-from vllm_hotswap.registry import ModelSettings
-from vllm_hotswap.scheduler import RequestTerms
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.models.registry import ModelSettings
+from vllm_hotswap.scheduling.policies import POLICIES
+from vllm_hotswap.scheduling.policy import (
+    WORKED_S,
+    Decision,
+    Policy,
+    PolicySettings,
+    Snapshot,
+    SwitchTo,
+)
+from vllm_hotswap.scheduling.scheduler import RequestTerms
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 pytestmark = pytest.mark.slow

@@ -12,17 +12,11 @@ from urllib.parse import urlencode
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.json_scan import MAX_TEXT_BYTES, PIECE_BYTES, TooLong, TooManyValues, scan
-from vllm_hotswap.media import FORM_PIECE_BYTES
-from vllm_hotswap.model_field import (
-    SMALL_BYTES,
-    form_fields,
-    from_json,
-    from_query,
-    json_fields,
-)
-from vllm_hotswap.surrogates import HalfSurrogate
-from vllm_hotswap.turns import at_once
+from vllm_hotswap.api.media import FORM_PIECE_BYTES
+from vllm_hotswap.api.model_name import SMALL_BYTES, form_fields, from_json, from_query, json_fields
+from vllm_hotswap.tasks.turns import at_once
+from vllm_hotswap.text.json_scan import MAX_TEXT_BYTES, PIECE_BYTES, TooLong, TooManyValues, scan
+from vllm_hotswap.text.surrogates import HalfSurrogate
 
 TWO_MB = 2 << 20
 MANY = 64 << 10

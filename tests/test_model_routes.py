@@ -9,7 +9,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Host, Mount, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from vllm_hotswap.model_routes import WEBSOCKET, ModelRoutes, request_of
+from vllm_hotswap.models.routes import WEBSOCKET, ModelRoutes, request_of
 
 
 async def answer(request: Request) -> Response:

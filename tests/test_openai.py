@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from vllm_hotswap.api.errors import error_event, error_response
 from vllm_hotswap.errors import DrainCut, HotswapError, QueueFull, Unauthorized, UnknownModel
-from vllm_hotswap.openai import error_event, error_response
 
 CUT = DrainCut("llama", "qwen", 1.0)
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.conftest import MakeServer
 from tests.support import Server, Stream
-from vllm_hotswap.access import Access
-from vllm_hotswap.footprint import Usage
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20

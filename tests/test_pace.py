@@ -12,9 +12,9 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message
 
-from vllm_hotswap.exchange import ResponseRelay
-from vllm_hotswap.pace import PER_TURN, Pace, merged, pace_tasks
-from vllm_hotswap.registry import Lease, current_lease
+from vllm_hotswap.api.relay import ResponseRelay
+from vllm_hotswap.models.pace import PER_TURN, Pace, merged, pace_tasks
+from vllm_hotswap.models.registry import Lease, current_lease
 
 MANY = 100
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from tests.conftest import Play
 from tests.support import Answer, Server, Stream
+from vllm_hotswap.api.relay import COMMENT_S
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestsParked, RequestsResumed
-from vllm_hotswap.exchange import COMMENT_S
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20

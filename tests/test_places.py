@@ -9,11 +9,11 @@ import pytest
 from tests.conftest import MakeServer
 from tests.listening import Raw, exchange, listening, listening_with
 from tests.support import Server
-from vllm_hotswap.access import Access
-from vllm_hotswap.addresses import network_of
-from vllm_hotswap.listen import ListenFlags
-from vllm_hotswap.places import Place, Places
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.config.settings import LimitsConfig
+from vllm_hotswap.connections.listen import ListenFlags
+from vllm_hotswap.connections.places import Place, Places
+from vllm_hotswap.system.addresses import network_of
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 A, B, C = "192.0.2.1", "192.0.2.2", "2001:db8::1"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.plain_grammars import MOST_BYTES, MOST_VALUES, is_plain
+from vllm_hotswap.host.plain_grammars import MOST_BYTES, MOST_VALUES, is_plain
 
 PERSON = {
     "title": "Person",

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import assume, given, strategies as st
 
 from vllm_hotswap.errors import NoRoom
-from vllm_hotswap.footprint import Footprint, Usage, total
-from vllm_hotswap.planner import (
+from vllm_hotswap.models.footprint import Footprint, Usage, total
+from vllm_hotswap.residency.planner import (
     EVICTIONS,
     MIB,
     MemorySnapshot,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import platforms
-from vllm_hotswap.platforms import BIND_VARIABLE, host_environment, is_cpu_build, parse_cores
+from vllm_hotswap.host import platforms
+from vllm_hotswap.host.platforms import BIND_VARIABLE, host_environment, is_cpu_build, parse_cores
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="cores are bound on Linux only")
 

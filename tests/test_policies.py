@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap import policies
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.policies import batch, fifo, make_policy, round_robin
-from vllm_hotswap.policy import (
+from vllm_hotswap.scheduling import policies
+from vllm_hotswap.scheduling.policies import batch, fifo, make_policy, round_robin
+from vllm_hotswap.scheduling.policy import (
     NEVER,
     WORKED_S,
     ActiveView,

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.prediction import DECAY, LIKELY, PRIOR, Prediction, TransitionCounts
+from vllm_hotswap.residency.prediction import DECAY, LIKELY, PRIOR, Prediction, TransitionCounts
 
 
 def after(sequence: Iterable[str]) -> Prediction | None:

@@ -12,11 +12,11 @@ from tests import test_shared_device
 from tests.conftest import MakeServer, Play
 from tests.support import Server
 from tests.test_shared_device import ALIASES, MIB
+from vllm_hotswap.config.settings import RecoveryConfig
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.events import WakeChanged
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.registry import Model, ModelSettings
-from vllm_hotswap.settings import RecoveryConfig
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.models.registry import Model, ModelSettings
 from vllm_hotswap.states import Residency, WakeProgress
 from vllm_hotswap.testing.fake_engine import FakeSettings
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vllm_hotswap.progress import LINE_S, ProgressTimer, waiting
+from vllm_hotswap.telemetry.progress import LINE_S, ProgressTimer, waiting
 
 
 class Terminal(io.StringIO):

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests.depth import examples
-from vllm_hotswap.policies import POLICIES
-from vllm_hotswap.policy import (
+from vllm_hotswap.scheduling.policies import POLICIES
+from vllm_hotswap.scheduling.policy import (
     NEVER,
     WORKED_S,
     Decision,
@@ -26,10 +26,10 @@ from vllm_hotswap.policy import (
     SwitchTo,
     WaitUntil,
 )
-from vllm_hotswap.simulate.costs import Costs
-from vllm_hotswap.simulate.run import Run, Served, Simulation, Switched, World
-from vllm_hotswap.simulate.service import Service
-from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest
+from vllm_hotswap.simulation.costs import Costs
+from vllm_hotswap.simulation.run import Run, Served, Simulation, Switched, World
+from vllm_hotswap.simulation.service import Service
+from vllm_hotswap.simulation.trace import Head, Trace, TracedModel, TracedRequest
 
 pytestmark = pytest.mark.slow
 

@@ -18,11 +18,11 @@ from tests.conftest import MakeServer
 from tests.faults import RawClient
 from tests.listening import Raw, Told, listening_to, listening_with
 from tests.support import Server
-from vllm_hotswap.access import Access
-from vllm_hotswap.cross_site import CrossSite
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.cross_site import CrossSite
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import EngineUnavailable
-from vllm_hotswap.quiet import QUIET_S, Quiet, log_of_clients
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.system.quiet import QUIET_S, Quiet, log_of_clients
 
 MANY = 1000
 

@@ -8,13 +8,13 @@ import pytest
 
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.keys import Keys, KeySource
+from vllm_hotswap.access.rights import EVERYBODY, Account, Group, PerMinute, Rights
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.rates import ELSEWHERE, Rates
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import RateLimited
-from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.rate import Rate
-from vllm_hotswap.rates import ELSEWHERE, Rates
-from vllm_hotswap.rights import EVERYBODY, Account, Group, PerMinute, Rights
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.tasks.rate import Rate
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 ANN, BEN = Account("key ann", "ann", is_bounded=True), Account("key ben", "ben", is_bounded=True)

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import record, trace as traces
-from vllm_hotswap.config import load_config
+from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
-from vllm_hotswap.record import Recorder, trace_header
+from vllm_hotswap.simulation import record, trace as traces
+from vllm_hotswap.simulation.record import Recorder, trace_header
+from vllm_hotswap.simulation.trace import (
+    Head,
+    TracedModel,
+    TracedRequest,
+    TracedSwitch,
+    TracedSwitching,
+)
 from vllm_hotswap.states import Residency
-from vllm_hotswap.trace import Head, TracedModel, TracedRequest, TracedSwitch, TracedSwitching
 
 HEAD = Head({"a": TracedModel(), "b": TracedModel()}, "a")
 REQUEST = RequestEnded(

@@ -13,9 +13,9 @@ import pytest
 
 from tests.conftest import Play, Story
 from tests.support import Recorder, Server
+from vllm_hotswap.config.settings import RecoveryConfig
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
 from vllm_hotswap.events import HostDied, HostRestarted, ServiceDegraded
-from vllm_hotswap.settings import RecoveryConfig
 
 pytestmark = pytest.mark.slow
 

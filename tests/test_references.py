@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from vllm_hotswap.config.references import References
+from vllm_hotswap.config.written import Source, Surprising
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.references import References
-from vllm_hotswap.written import Source, Surprising
 
 FILE = Source(Path("models.yaml"))
 

@@ -23,12 +23,14 @@ from tests.conftest import MakeServer
 from tests.listening import PATIENCE_S, Listening, Raw, listening_with
 from tests.support import Server
 from tests.virtual import VirtualLoop
-from vllm_hotswap import arrivals, refusals, server as life
-from vllm_hotswap.access import Access
-from vllm_hotswap.deadlines import PER_TURN, TICK_S, Deadlines, Wheel
-from vllm_hotswap.listen import ListenFlags
-from vllm_hotswap.refusals import BURST_S, MAX_PAUSE_S, MOST_CLIENTS, KnownKey, Refusals
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api import refusals
+from vllm_hotswap.api.refusals import BURST_S, MAX_PAUSE_S, MOST_CLIENTS, KnownKey, Refusals
+from vllm_hotswap.config.settings import LimitsConfig
+from vllm_hotswap.connections import arrivals
+from vllm_hotswap.connections.listen import ListenFlags
+from vllm_hotswap.server import run as life
+from vllm_hotswap.tasks.deadlines import PER_TURN, TICK_S, Deadlines, Wheel
 
 FEW = LimitsConfig(refusals_per_second=1)
 """Three at once, then one per second."""

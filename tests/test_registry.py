@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
-from vllm_hotswap.registry import Lease, Registry
+from vllm_hotswap.models.registry import Lease, Registry
 from vllm_hotswap.states import IllegalTransition, Residency, Step
 from vllm_hotswap.testing.fake_engine import FakeHost
 

@@ -16,9 +16,9 @@ import pytest
 
 from tests.faults import wait_until
 from tests.remote_server import Listening, listening_server
-from vllm_hotswap import remote
-from vllm_hotswap.access import Access
-from vllm_hotswap.cli import main
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.cli import remote
+from vllm_hotswap.cli.main import main
 from vllm_hotswap.hints import program
 
 

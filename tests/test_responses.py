@@ -11,11 +11,11 @@ import pytest
 
 from tests.conftest import MakeServer
 from tests.support import Server, Stream
-from vllm_hotswap.access import Access
-from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.responses import response_id_in_body
-from vllm_hotswap.rights import Group, Rights
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.access.keys import Keys, KeySource
+from vllm_hotswap.access.rights import Group, Rights
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.responses import response_id_in_body
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 RESPONSES = "/v1/responses"
@@ -24,7 +24,7 @@ RESPONSES = "/v1/responses"
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """End a stream that has nothing more to send soon."""
-    monkeypatch.setattr("vllm_hotswap.responses.STREAM_GRACE_S", 0.01)
+    monkeypatch.setattr("vllm_hotswap.api.responses.STREAM_GRACE_S", 0.01)
 
 
 def create(server: Server, **body: Any) -> Stream:

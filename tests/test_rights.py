@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from starlette.datastructures import Headers
 
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.keys import Keys, KeySource
+from vllm_hotswap.access.rights import ADMIN, Group, Rights, read_members, read_terms
+from vllm_hotswap.access.roles import Access
 from vllm_hotswap.errors import ConfigError, InvalidRequest
-from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.rights import ADMIN, Group, Rights, read_members, read_terms
-from vllm_hotswap.scheduler import RequestTerms
+from vllm_hotswap.scheduling.scheduler import RequestTerms
 
 PRIORITY, MAX_WAIT = "x-hotswap-priority", "x-hotswap-max-wait"
 

@@ -9,11 +9,11 @@ import pytest
 
 from tests.conftest import MakeServer
 from tests.support import CHAT, Server
-from vllm_hotswap.access import Access
+from vllm_hotswap.access.keys import Keys, KeySource
+from vllm_hotswap.access.rights import Group, Rights
+from vllm_hotswap.access.roles import Access
 from vllm_hotswap.events import RequestEnded, SwitchEnded
-from vllm_hotswap.keys import Keys, KeySource
-from vllm_hotswap.registry import ModelSettings
-from vllm_hotswap.rights import Group, Rights
+from vllm_hotswap.models.registry import ModelSettings
 
 
 def group(rights: Rights, *keys: str) -> Group:

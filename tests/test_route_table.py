@@ -10,16 +10,16 @@ import pytest
 
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap.access import Access, Role
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.errors import MethodNotAllowed, UnknownRoute
-from vllm_hotswap.routes import (
+from vllm_hotswap.access.roles import Access, Role
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.api.vllm_routes import (
     VLLM_ADMIN_ROUTES,
     VLLM_USER_ROUTES,
     WEBSOCKET,
     Route,
     RouteTable,
 )
+from vllm_hotswap.errors import MethodNotAllowed, UnknownRoute
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 KEYS = Access(user_keys=("user",), admin_keys=("admin",))

@@ -20,11 +20,11 @@ from starlette.routing import Route
 from tests.conftest import MakeServer
 from tests.support import CHAT, Server
 from tests.walk import Shape, World
-from vllm_hotswap.drain import CUT_GRACE_S
+from vllm_hotswap.api.relay import PARKED_COMMENT, ResponseTruncated
+from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import EngineUnavailable
 from vllm_hotswap.events import ClientEvicted, RequestEnded
-from vllm_hotswap.exchange import PARKED_COMMENT, ResponseTruncated
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.models.drain import CUT_GRACE_S
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 WORDS = "I am {}, a fake engine of vllm-hotswap."
@@ -545,7 +545,7 @@ async def test_client_that_does_not_read_cannot_keep_its_model(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A client that does not read is aborted; if no error can be sent, its connection closes."""
-    monkeypatch.setattr("vllm_hotswap.exchange.LAST_SEND_S", 0.01)
+    monkeypatch.setattr("vllm_hotswap.api.relay.LAST_SEND_S", 0.01)
     coming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
     coming.put_nowait({"type": "http.request", "body": b'{"model": "llama", "stream": true}'})
 
@@ -693,7 +693,7 @@ async def test_application_cannot_hide_that_it_was_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """However an application reacts to an abort, the client gets the reason, and the lease ends."""
-    monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 0.01)
+    monkeypatch.setattr("vllm_hotswap.models.drain.CUT_GRACE_S", 0.01)
     add_route(server, "/pooling", endpoint)
     call = server.ask("llama", path="/pooling")
     await server.settled()
@@ -708,7 +708,7 @@ async def test_answer_that_is_complete_is_not_touched(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A complete response is not changed if the application's work after it is aborted."""
-    monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 0.01)
+    monkeypatch.setattr("vllm_hotswap.models.drain.CUT_GRACE_S", 0.01)
 
     async def endpoint(request: Request) -> Response:
         return PlainTextResponse("all", background=BackgroundTask(asyncio.Event().wait))
@@ -745,7 +745,7 @@ async def test_stream_is_cut_at_once_whoever_listened_before_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream is aborted at once, although vLLM's routes stop listening before it starts."""
-    monkeypatch.setattr("vllm_hotswap.drain.CUT_GRACE_S", 1000)
+    monkeypatch.setattr("vllm_hotswap.models.drain.CUT_GRACE_S", 1000)
 
     async def listen(request: Request) -> None:
         async with asyncio.TaskGroup() as middleware:

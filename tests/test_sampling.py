@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.sampling_filter import SamplingFilter
+from vllm_hotswap.config.sampling import SamplingPolicy
+from vllm_hotswap.engines.sampling_filter import SamplingFilter
 
 CHAT = "/v1/chat/completions"
 KNOWN = frozenset(["model", "messages", "temperature", "top_p"])

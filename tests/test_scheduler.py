@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_hotswap.costs import SwitchCosts
-from vllm_hotswap.policy import NEVER, Decision, Policy, ServeOn, Snapshot, SwitchTo, WaitUntil
-from vllm_hotswap.scheduler import ModelTerms, RequestTerms, Scheduler, Ticket
+from vllm_hotswap.scheduling.costs import SwitchCosts
+from vllm_hotswap.scheduling.policy import (
+    NEVER,
+    Decision,
+    Policy,
+    ServeOn,
+    Snapshot,
+    SwitchTo,
+    WaitUntil,
+)
+from vllm_hotswap.scheduling.scheduler import ModelTerms, RequestTerms, Scheduler, Ticket
 from vllm_hotswap.states import Residency
 
 

@@ -11,11 +11,11 @@ import jsonschema
 import pytest
 import yaml
 
-from vllm_hotswap.config import parse_config
-from vllm_hotswap.demo import write
+from vllm_hotswap.config.reader import parse_config
+from vllm_hotswap.config.settings import SECTIONS, ModelKeys
+from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.schema import json_schema
-from vllm_hotswap.settings import SECTIONS, ModelKeys
+from vllm_hotswap.launch.schema import json_schema
 
 FLAGS = argparse.ArgumentParser()
 FLAGS.add_argument("--max-model-len", type=int, help="Longest\n  sequence. In tokens.")

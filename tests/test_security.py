@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.code_settings import code_keys
-from vllm_hotswap.config import load_config, read_config
+from vllm_hotswap.config.code_settings import code_keys
+from vllm_hotswap.config.permissions import PERMISSIONS, check_settings, parse_allowed
+from vllm_hotswap.config.reader import load_config, read_config
+from vllm_hotswap.config.written import Place
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.security import PERMISSIONS, check_settings, parse_allowed
-from vllm_hotswap.written import Place
 
 NOTHING: frozenset[str] = frozenset()
 

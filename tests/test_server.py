@@ -28,19 +28,20 @@ from tests.conftest import MakeServer
 from tests.ports import free_port
 from tests.serving import flags
 from tests.support import settled
-from vllm_hotswap import file_limit, server
-from vllm_hotswap.access import Access
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.audit import AuditLog
-from vllm_hotswap.config import parse_config
-from vllm_hotswap.devices import CUDA_WORKER, device_of
+from vllm_hotswap.access.roles import Access
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.api.audit import AuditLog
+from vllm_hotswap.config.models_file import ModelsFile
+from vllm_hotswap.config.reader import parse_config
+from vllm_hotswap.config.settings import RecoveryConfig
+from vllm_hotswap.connections.listen import Listener, ListenFlags
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import ConfigError, EngineUnavailable
-from vllm_hotswap.listen import Listener, ListenFlags
-from vllm_hotswap.models_file import ModelsFile
-from vllm_hotswap.progress import StartupProgress
-from vllm_hotswap.settings import RecoveryConfig
-from vllm_hotswap.signals import Stopped
+from vllm_hotswap.host.devices import CUDA_WORKER, device_of
+from vllm_hotswap.server import run as server
+from vllm_hotswap.system import file_limit
+from vllm_hotswap.system.signals import Stopped
+from vllm_hotswap.telemetry.progress import StartupProgress
 from vllm_hotswap.testing.fake_engine import FakeHost
 
 Serving = asyncio.Task[int]
@@ -565,7 +566,7 @@ async def test_standard_streams_that_cannot_be_written_do_not_end_a_server(
 def test_a_log_whose_reader_has_left_is_given_up_in_silence() -> None:
     """A log whose reader has left is given up silently, also a library's on standard output."""
     code = (
-        "import logging, sys; from vllm_hotswap.progress import configure_logging; "
+        "import logging, sys; from vllm_hotswap.telemetry.progress import configure_logging; "
         "configure_logging(); logging.basicConfig(stream=sys.stdout); logging.warning('lost'); "
         "import os; os._exit(0)"
     )
@@ -580,7 +581,7 @@ def test_whether_models_on_cuda_sleep_is_still_known_when_their_configurations_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether CUDA models sleep is known for their configurations, though the variable is gone."""
-    monkeypatch.setattr("vllm_hotswap.devices.is_rocm", lambda: False)
+    monkeypatch.setattr("vllm_hotswap.host.devices.is_rocm", lambda: False)
     monkeypatch.setenv("VLLM_HOTSWAP_CUDA_SLEEP", "0")
     monkeypatch.setenv("VLLM_HOTSWAP_URL", "http://127.0.0.1:8000")
 

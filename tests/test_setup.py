@@ -15,7 +15,7 @@ import pytest
 
 from tools import setup
 from tools.setup import Pin, SetupError
-from vllm_hotswap.compat.versions import RUN_ON
+from vllm_hotswap.host.vllm_versions import RUN_ON
 
 pytestmark = pytest.mark.wide  # pip and uv are started again and again
 

@@ -11,7 +11,7 @@ from tests.conftest import MakeServer, Play
 from tests.support import Server
 from tests.test_parking import park
 from vllm_hotswap.errors import HotswapError, NoRoom
-from vllm_hotswap.footprint import Usage
+from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 MIB = 1 << 20
@@ -111,7 +111,7 @@ async def test_a_shared_device_is_looked_at_until_the_server_ends(
     gpu: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared device is checked until the server ends, despite failed moves or a dead host."""
-    monkeypatch.setattr("vllm_hotswap.coordinator.DEVICE_CHECK_S", 0)
+    monkeypatch.setattr("vllm_hotswap.switching.coordinator.DEVICE_CHECK_S", 0)
     gpu.host.taken_bytes = 4 * MIB
     gpu.host.fail_next("sleep", "mistral")
     gpu.host.fail_next("sleep", "qwen")
@@ -127,7 +127,7 @@ async def test_a_device_that_cannot_be_looked_at_soon_is_looked_at_later(
     gpu: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A check delayed by a long step is made later, and the host is not restarted for it."""
-    monkeypatch.setattr("vllm_hotswap.ladder.LOOK_S", 0.0)
+    monkeypatch.setattr("vllm_hotswap.residency.ladder.LOOK_S", 0.0)
     never = asyncio.Event()
 
     async def measure_device(used_bytes: int) -> None:

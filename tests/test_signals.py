@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_hotswap.signals import EarlyStop, Stopped, has_terminal, interruptible
+from vllm_hotswap.system.signals import EarlyStop, Stopped, has_terminal, interruptible
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ def test_a_stop_while_things_are_cleared_away_interrupts_nothing(early: EarlySto
 @pytest.mark.parametrize("number", [0, 1, 2, None])
 def test_a_terminal_is_seen_on_any_standard_stream(number: int | None) -> None:
     """A terminal on any standard stream is found, and none if all lead elsewhere."""
-    code = "import sys; from vllm_hotswap.signals import has_terminal; sys.exit(has_terminal())"
+    code = (
+        "import sys; from vllm_hotswap.system.signals import has_terminal; sys.exit(has_terminal())"
+    )
     main, other = pty.openpty()
     streams = [other if number == each else subprocess.DEVNULL for each in range(3)]
     try:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import trace as traces
-from vllm_hotswap.cli import main
+from vllm_hotswap.cli.main import main
+from vllm_hotswap.simulation import trace as traces
+from vllm_hotswap.simulation.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
 from vllm_hotswap.states import Residency
-from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
 
 pytestmark = pytest.mark.slow
 

@@ -6,14 +6,14 @@ import random
 
 import pytest
 
-from vllm_hotswap.policies import make_policy
-from vllm_hotswap.policy import NEVER, PolicySettings, ServeOn, Snapshot, SwitchTo
-from vllm_hotswap.simulate.costs import CostModel, Costs, ResidencyModel, measured
-from vllm_hotswap.simulate.report import figures, jain, table
-from vllm_hotswap.simulate.run import Run, Served, World, simulate
-from vllm_hotswap.simulate.service import Engine, Service
+from vllm_hotswap.scheduling.policies import make_policy
+from vllm_hotswap.scheduling.policy import NEVER, PolicySettings, ServeOn, Snapshot, SwitchTo
+from vllm_hotswap.simulation.costs import CostModel, Costs, ResidencyModel, measured
+from vllm_hotswap.simulation.report import figures, jain, table
+from vllm_hotswap.simulation.run import Run, Served, World, simulate
+from vllm_hotswap.simulation.service import Engine, Service
+from vllm_hotswap.simulation.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
 from vllm_hotswap.states import Residency
-from vllm_hotswap.trace import Head, Trace, TracedModel, TracedRequest, TracedSwitch
 
 SECOND = Service(step_s=1.0, per_request_s=0.0, prefill_s_per_token=0.0)
 """One token per second, however many requests run."""

@@ -39,8 +39,8 @@ from benchmarks.soak.run import (
 from benchmarks.soak.runner import Found, configuration
 from benchmarks.stats import pooled_slope, student_t
 from benchmarks.wire import PATIENT, Manner, Reply, ask
-from vllm_hotswap import demo
-from vllm_hotswap.config import load_config
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo import quickstart as demo
 
 CASE = Case("llama", "/v1/completions", "Hello", 3)
 CHAT = Case("llama", "/v1/chat/completions", "Hello", 3)

@@ -17,9 +17,9 @@ import pytest
 from starlette.datastructures import State
 from starlette.responses import JSONResponse
 
-from vllm_hotswap.compat.spread import ITEMS, READ_BYTES, JsonInPieces, read_in_turns, spread
-from vllm_hotswap.pace import OUTPUTS, PER_TURN, Pace, pace_tasks
-from vllm_hotswap.registry import Lease, current_lease
+from vllm_hotswap.engines.spread import ITEMS, READ_BYTES, JsonInPieces, read_in_turns, spread
+from vllm_hotswap.models.pace import OUTPUTS, PER_TURN, Pace, pace_tasks
+from vllm_hotswap.models.registry import Lease, current_lease
 
 
 @pytest.fixture

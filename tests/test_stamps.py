@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tests.virtual import VirtualLoop
-from vllm_hotswap.compat.grammars import ACCOUNT
-from vllm_hotswap.compat.stamps import StampedCore, make_stamp, read_stamp
-from vllm_hotswap.engine_share import EngineShare
+from vllm_hotswap.engines.engine_share import EngineShare
+from vllm_hotswap.engines.stamps import StampedCore, make_stamp, read_stamp
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, GrammarTimeout, WrongStamp
-from vllm_hotswap.pace import OUTPUTS, PER_TURN, Pace
-from vllm_hotswap.registry import Lease, current_lease
+from vllm_hotswap.host.grammars import ACCOUNT
+from vllm_hotswap.models.pace import OUTPUTS, PER_TURN, Pace
+from vllm_hotswap.models.registry import Lease, current_lease
 
 
 @dataclass

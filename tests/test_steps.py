@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 
-from vllm_hotswap.steps import Steps
+from vllm_hotswap.tasks.steps import Steps
 
 PER_TURN = 8
 MANY = 5 * PER_TURN

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from vllm_hotswap import terminal
+from vllm_hotswap.system import terminal
 
 NAME = "模型"
 PREPARED = "from vllm_hotswap import terminal; terminal.prepare(); "

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.wide]
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_hotswap import trace as traces
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.states import Residency
-from vllm_hotswap.trace import (
+from vllm_hotswap.simulation import trace as traces
+from vllm_hotswap.simulation.trace import (
     Head,
     Trace,
     TracedModel,
@@ -18,6 +17,7 @@ from vllm_hotswap.trace import (
     TracedSwitch,
     TracedSwitching,
 )
+from vllm_hotswap.states import Residency
 
 HEAD = '{"kind": "trace", "version": 1, "models": {"a": {}, "b": {}}, "active": "a"}'
 FIRST = '{"kind": "request", "id": 1, "model": "a", "arrived_s": 0.5}'

@@ -15,11 +15,11 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
-from vllm_hotswap import trusted_files
-from vllm_hotswap.config import load_config
+from vllm_hotswap.access.keys import read_key_file
+from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.keys import read_key_file
-from vllm_hotswap.trusted_files import read_private, read_trusted
+from vllm_hotswap.system import trusted_files
+from vllm_hotswap.system.trusted_files import read_private, read_trusted
 
 MINE, MY_GROUP = 1000, 1000
 TEAM, FOREIGN_GROUP, FOREIGN = 2000, 3000, 4000

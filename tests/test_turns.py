@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from vllm_hotswap.turns import Turns, Work
+from vllm_hotswap.tasks.turns import Turns, Work
 
 
 class Clock:

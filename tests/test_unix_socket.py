@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.unix_socket import FileIdentity, UnixSocket
+from vllm_hotswap.system.unix_socket import FileIdentity, UnixSocket
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_a_killed_server_keeps_no_claim(path: Path) -> None:
     """What a killed server leaves is stale at once."""
     code = (
         "import os, sys; from pathlib import Path; "
-        "from vllm_hotswap.unix_socket import UnixSocket; "
+        "from vllm_hotswap.system.unix_socket import UnixSocket; "
         "bound = UnixSocket.bind(Path(sys.argv[1])); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from vllm_hotswap.variables import Variables
+from vllm_hotswap.host.variables import Variables
 
 ENVIRONMENTS: dict[str, dict[str, str | None]] = {
     "file": {"QUANT_CONFIG": "/a.json"},

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import MakeServer
 from tests.support import Server
-from vllm_hotswap.canary import Canary
+from vllm_hotswap.engines.canary import Canary
 from vllm_hotswap.errors import HotswapError, SwitchFailed, VerifyFailed
 
 FIRST = Canary(7, {7: -0.10, 9: -2.5})

@@ -20,9 +20,9 @@ from tools.vllm_seams.state import seams_of_state
 from tools.vllm_seams.tree import Tree
 from tools.vllm_seams.uses import Uses, uses_in
 from tools.vllm_seams.wheel import NoSources, _unpack, sources_of
-from vllm_hotswap.code_settings import code_keys
-from vllm_hotswap.compat.state import Owner, State
-from vllm_hotswap.compat.versions import READ_ON, RUN_ON
+from vllm_hotswap.config.code_settings import code_keys
+from vllm_hotswap.host.vllm_state import Owner, State
+from vllm_hotswap.host.vllm_versions import READ_ON, RUN_ON
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.written import (
+from vllm_hotswap.config.written import (
     MAX_DEPTH,
     MAX_VALUES,
     OddKey,
@@ -22,6 +21,7 @@ from vllm_hotswap.written import (
     read_yaml,
     surprises,
 )
+from vllm_hotswap.errors import ConfigError
 
 PATH = Path("models.yaml")
 

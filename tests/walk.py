@@ -18,12 +18,12 @@ from typing import Any, Literal, TypeVar
 
 from tests.support import CHAT, OPEN, settled
 from tests.virtual import START_S, VirtualLoop
-from vllm_hotswap.app import HotswapApp
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.api.relay import ResponseTruncated
+from vllm_hotswap.config.settings import DrainAction, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.events import Event, RequestEnded, ResidencyChanged, SwitchEnded
-from vllm_hotswap.exchange import ResponseTruncated
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.registry import Lease, ModelSettings
-from vllm_hotswap.settings import DrainAction, LimitsConfig, RecoveryConfig, SwitchingConfig
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.models.registry import Lease, ModelSettings
 from vllm_hotswap.states import Residency
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 from vllm_hotswap.testing.fake_frontend import WORDS

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.sax.saxutils import escape
 
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 
 PICTURE = "docs/images/demo.svg"
 SVG = "http://www.w3.org/2000/svg"

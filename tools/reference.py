@@ -15,12 +15,10 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from vllm_hotswap.cli import described_flags, make_parser
-from vllm_hotswap.compat import state
-from vllm_hotswap.sampling import SamplingPolicy
-from vllm_hotswap.schema import json_schema
-from vllm_hotswap.security import PERMISSIONS
-from vllm_hotswap.settings import (
+from vllm_hotswap.cli.main import described_flags, make_parser
+from vllm_hotswap.config.permissions import PERMISSIONS
+from vllm_hotswap.config.sampling import SamplingPolicy
+from vllm_hotswap.config.settings import (
     SECTIONS,
     TOP_LEVEL,
     VARIABLES,
@@ -29,6 +27,8 @@ from vllm_hotswap.settings import (
     describe,
     server_settings,
 )
+from vllm_hotswap.host import vllm_state as state
+from vllm_hotswap.launch.schema import json_schema
 
 PAGE = "docs/reference.md"
 STATE_PAGE = "docs/vllm-state.md"

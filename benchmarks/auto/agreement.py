@@ -11,11 +11,11 @@ from statistics import median
 from benchmarks.auto.play import Played
 from benchmarks.auto.workloads import WARM_UP
 from benchmarks.client import BadAnswer
-from vllm_hotswap.policies import make_policy
-from vllm_hotswap.policy import PolicySettings
-from vllm_hotswap.simulate import costs, fit
-from vllm_hotswap.simulate.run import World, simulate
-from vllm_hotswap.trace import Trace, TracedRequest
+from vllm_hotswap.scheduling.policies import make_policy
+from vllm_hotswap.scheduling.policy import PolicySettings
+from vllm_hotswap.simulation import costs, fit
+from vllm_hotswap.simulation.run import World, simulate
+from vllm_hotswap.simulation.trace import Trace, TracedRequest
 
 SIMULATIONS = 15
 """Simulations of a trace whose requests follow one another. Which request took which time to

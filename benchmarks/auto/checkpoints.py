@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 TINY, WIDE = 320, 13_312
 """Widths of an MLP; with the latter, a model has 82 MB of weights."""

@@ -15,7 +15,7 @@ from benchmarks.client import BadAnswer
 from benchmarks.load import completion
 from benchmarks.servers import Server
 from benchmarks.wire import End, Manner, Reply, ask
-from vllm_hotswap.trace import Trace, TracedRequest
+from vllm_hotswap.simulation.trace import Trace, TracedRequest
 
 PATIENT = Manner(deadline_s=900.0)
 COMPLETIONS = "/v1/completions"

@@ -25,8 +25,8 @@ from benchmarks.client import BadAnswer
 from benchmarks.load import completion
 from benchmarks.servers import Launcher, Model, Server
 from benchmarks.wire import ask
-from vllm_hotswap import trace as traces
-from vllm_hotswap.trace import Trace, TracedSwitching
+from vllm_hotswap.simulation import trace as traces
+from vllm_hotswap.simulation.trace import Trace, TracedSwitching
 
 log = logging.getLogger("benchmarks")
 

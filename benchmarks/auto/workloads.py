@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from benchmarks.auto.checkpoints import GREETINGS
-from vllm_hotswap.simulate.generate import Kind, Shape, generate
-from vllm_hotswap.trace import Head, Trace, TracedModel, TracedSwitching
+from vllm_hotswap.simulation.generate import Kind, Shape, generate
+from vllm_hotswap.simulation.trace import Head, Trace, TracedModel, TracedSwitching
 
 AT_ONCE = 1e6
 """Requests per second."""

@@ -14,8 +14,8 @@ from multiprocessing.context import SpawnProcess
 
 from benchmarks.floods.kinds import KINDS, Kind
 from benchmarks.floods.line import Attack, Target
-from vllm_hotswap import event_loop
-from vllm_hotswap.file_limit import raised_file_limit
+from vllm_hotswap.system.file_limit import raised_file_limit
+from vllm_hotswap.tasks import event_loop
 
 READY_S = 60.0
 """How long the process may take to start."""

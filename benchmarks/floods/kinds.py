@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.floods.line import Attack, request
-from vllm_hotswap.settings import LimitsConfig
+from vllm_hotswap.config.settings import LimitsConfig
 
 MIB = 1 << 20
 ANSWERS = LimitsConfig().answers_per_call

@@ -20,7 +20,7 @@ from benchmarks.floods.kinds import Kind
 from benchmarks.floods.line import Target
 from benchmarks.floods.victim import Pace, Sample, paces
 from benchmarks.servers import COMMON_FLAGS, FAKE_FLAGS, Server, free_port, idle_cpu, running
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 
 log = logging.getLogger("benchmarks")
 

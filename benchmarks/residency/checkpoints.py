@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import medium
 from benchmarks.servers import Model
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 
 log = logging.getLogger("benchmarks")
 

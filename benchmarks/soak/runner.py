@@ -24,7 +24,7 @@ from benchmarks.soak.growth import files_in
 from benchmarks.soak.ledger import FAULTS
 from benchmarks.soak.run import QUIET_CALL, Plan, Run, take_references
 from benchmarks.wire import ask
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 
 KV_BYTES = 64 << 20
 LOG_EVERY_S = 30.0

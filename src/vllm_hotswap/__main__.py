@@ -6,7 +6,7 @@ from __future__ import annotations
 def main() -> int:
     """The exit status; Ctrl-C ends it without a word even while it imports what it needs."""
     try:
-        from vllm_hotswap import cli
+        from vllm_hotswap.cli import main as cli
 
         return cli.main()
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.log_lines import value_text
+from vllm_hotswap.system import value_text
 
 log = logging.getLogger("vllm_hotswap")
 

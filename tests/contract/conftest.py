@@ -9,9 +9,9 @@ import pytest
 import pytest_asyncio
 
 from tests.cores import on_cores, share_of_cores
-from vllm_hotswap.config import load_config
-from vllm_hotswap.demo import write
-from vllm_hotswap.engines.base import EngineHost
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo.quickstart import write
+from vllm_hotswap.models.engine import EngineHost
 from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
 
 ALIASES = ("llama", "qwen")
@@ -38,8 +38,8 @@ def fake_host() -> EngineHost:
 
 def vllm_host(folder: Path) -> EngineHost:
     from vllm_hotswap.engines.link import HostLink
-    from vllm_hotswap.engines.vllm import VllmHost
-    from vllm_hotswap.launch import parse_flags, prepare
+    from vllm_hotswap.engines.vllm_engine import VllmHost
+    from vllm_hotswap.launch.prepare import parse_flags, prepare
 
     link = HostLink()
     link.spawn()

@@ -9,8 +9,8 @@ import pytest
 
 from tests.contract.test_engines import answer_to, complete
 from tests.faults import wait_until
-from vllm_hotswap.engines.base import EngineHost
-from vllm_hotswap.metrics import exposition
+from vllm_hotswap.models.engine import EngineHost
+from vllm_hotswap.telemetry.metrics import exposition
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

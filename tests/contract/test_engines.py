@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 from tests.adapters import write_adapter
-from vllm_hotswap.demo import WEATHER_TOOL
-from vllm_hotswap.engines.base import Engine, EngineHost
+from vllm_hotswap.demo.quickstart import WEATHER_TOOL
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.model_routes import WEBSOCKET
-from vllm_hotswap.registry import Lease, current_lease
+from vllm_hotswap.models.engine import Engine, EngineHost
+from vllm_hotswap.models.footprint import Usage
+from vllm_hotswap.models.registry import Lease, current_lease
+from vllm_hotswap.models.routes import WEBSOCKET
 from vllm_hotswap.states import LADDER, Residency
 
 pytestmark = [

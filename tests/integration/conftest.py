@@ -17,7 +17,7 @@ from tests.integration.processes import (
     still_there,
 )
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS, write
+from vllm_hotswap.demo.quickstart import MODELS, write
 
 MODEL_FLAGS = {"llama": 2048, "qwen": 2048, "embed": 512}
 """Maximum length per model, the same in the hot-swapping server and in the plain ones."""

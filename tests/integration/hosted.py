@@ -10,9 +10,9 @@ from typing import Any
 
 from vllm.v1.engine import EngineCoreRequest, EngineCoreRequestType
 
-from vllm_hotswap.devices import HOSTED_CPU_WORKER
 from vllm_hotswap.host import teardown
 from vllm_hotswap.host.classes import QUALIFIED_NAME as EXECUTOR
+from vllm_hotswap.host.devices import HOSTED_CPU_WORKER
 from vllm_hotswap.host.engine import HostedEngine
 from vllm_hotswap.host.executor import HostedExecutor
 from vllm_hotswap.host.messages import SocketPaths

@@ -1,7 +1,7 @@
 """What is process-wide in vLLM: module globals, class attributes, caches of functions, and more.
 
 `Watch` remembers what each module of vLLM held when it was imported, and later reports what has
-changed since, in the notation of `vllm_hotswap.compat.state`.
+changed since, in the notation of `vllm_hotswap.host.vllm_state`.
 """
 
 from __future__ import annotations

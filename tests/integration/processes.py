@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from tests.ports import free_port
-from vllm_hotswap.compat.versions import cache_root
+from vllm_hotswap.host.vllm_versions import cache_root
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0

@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 
-from vllm_hotswap.devices import HOSTED_CPU_WORKER as WORKER
 from vllm_hotswap.host import teardown
 from vllm_hotswap.host.classes import QUALIFIED_NAME as EXECUTOR
+from vllm_hotswap.host.devices import HOSTED_CPU_WORKER as WORKER
 from vllm_hotswap.host.engine import HostedEngine
 from vllm_hotswap.host.executor import HostedExecutor
 from vllm_hotswap.host.heap import give_back_free_memory

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 
-from vllm_hotswap.devices import HOSTED_CPU_WORKER
 from vllm_hotswap.host.classes import QUALIFIED_NAME as EXECUTOR
+from vllm_hotswap.host.devices import HOSTED_CPU_WORKER
 
 KV_BYTES = 256 << 20
 PROMPTS = ["Hello", "The quick brown fox " * 20]

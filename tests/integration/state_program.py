@@ -23,9 +23,9 @@ from tests.integration.process_state import Watch  # before vLLM is imported
 from tests.integration.hosted import ENGINE_ARGUMENTS, PROMPTS, Hosted
 from tests.zoo.make import make
 from tests.zoo.plain import fork
-from vllm_hotswap.compat import loading
-from vllm_hotswap.compat.inspection import inspected_here
+from vllm_hotswap.host import loading
 from vllm_hotswap.host.state import absent, process_state
+from vllm_hotswap.launch.inspection import inspected_here
 
 CHECKPOINTS = {"llama": "llama", "moe": "qwen3-moe", "mamba": "mamba2", "embed": "bert"}
 """The zoo's checkpoints, by kind."""

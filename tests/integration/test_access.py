@@ -14,8 +14,8 @@ import pytest
 
 from tests.integration.processes import ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.compat.configuration import serve_parser
-from vllm_hotswap.demo import write
+from vllm_hotswap.demo.quickstart import write
+from vllm_hotswap.launch.vllm_config import serve_parser
 
 USER, ADMIN = "sk-canary-user", "sk-canary-admin"
 IN_VARIABLE = "sk-canary-variable"

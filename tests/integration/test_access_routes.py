@@ -15,13 +15,13 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from tests.integration.processes import ServerProcess
-from vllm_hotswap.access import Access, Role
-from vllm_hotswap.app import HotswapApp
-from vllm_hotswap.config import load_config
-from vllm_hotswap.demo import write
-from vllm_hotswap.launch import ModelLaunch, parse_flags, prepare
-from vllm_hotswap.model_routes import WEBSOCKET, ModelRoutes
-from vllm_hotswap.routes import VLLM_REFUSED
+from vllm_hotswap.access.roles import Access, Role
+from vllm_hotswap.api.app import HotswapApp
+from vllm_hotswap.api.vllm_routes import VLLM_REFUSED
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo.quickstart import write
+from vllm_hotswap.launch.prepare import ModelLaunch, parse_flags, prepare
+from vllm_hotswap.models.routes import WEBSOCKET, ModelRoutes
 from vllm_hotswap.testing.fake_engine import FakeHost
 from vllm_hotswap.testing.fake_responses import FakeResponses
 

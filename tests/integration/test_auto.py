@@ -13,7 +13,7 @@ import pytest
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import write
+from vllm_hotswap.demo.quickstart import write
 
 MAX_WAIT_S, DRAIN_S = 1.0, 0.1
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.compat.versions import vllm_version
-from vllm_hotswap.demo import MODELS, SCHEMA, write
+from vllm_hotswap.demo.quickstart import MODELS, SCHEMA, write
+from vllm_hotswap.host.vllm_versions import vllm_version
 
 MIB = 1 << 20
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import QUESTION, WEATHER_TOOL, write
+from vllm_hotswap.demo.quickstart import QUESTION, WEATHER_TOOL, write
 
 MODELS = """\
 default_model: llama

@@ -14,7 +14,7 @@ import pytest
 from tools.vllm_seams.imports import decided, imports_in
 from tools.vllm_seams.settings import settings_in
 from tools.vllm_seams.tree import Tree
-from vllm_hotswap.code_settings import CHOICES, CODE, code_keys, is_decided
+from vllm_hotswap.config.code_settings import CHOICES, CODE, code_keys, is_decided
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -9,14 +9,14 @@ import pytest
 
 from tests.test_architecture import imports, modules
 from tools.vllm_seams.__main__ import main as check_vllm
-from vllm_hotswap.compat.configuration import engine_config, serve_parser
-from vllm_hotswap.compat.names import OPTIONAL, PLACES, find
-from vllm_hotswap.compat.tasks import POOLING, SPEECH, TASKS_OF_PATH, foresee
-from vllm_hotswap.compat.versions import vllm_version, warning
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.model_routes import ModelRoutes
-from vllm_hotswap.routes import VLLM_USER_ROUTES
-from vllm_hotswap.vllm_metrics import without_frontend_metrics
+from vllm_hotswap.api.vllm_routes import VLLM_USER_ROUTES
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.engines.vllm_metrics import without_frontend_metrics
+from vllm_hotswap.host.vllm_names import OPTIONAL, PLACES, find
+from vllm_hotswap.host.vllm_versions import vllm_version, warning
+from vllm_hotswap.launch.tasks import POOLING, SPEECH, TASKS_OF_PATH, foresee
+from vllm_hotswap.launch.vllm_config import engine_config, serve_parser
+from vllm_hotswap.models.routes import ModelRoutes
 
 
 def imported_from_vllm() -> Iterator[str]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.platforms import host_environment
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.host.platforms import host_environment
 
 PROGRAM = Path(__file__).with_name("reloading_engine.py")
 

@@ -21,7 +21,7 @@ from tests.integration.processes import ServerProcess
 from tests.ports import free_port
 from tests.rehearsal_results import record
 from tests.zoo.make import make
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [
     pytest.mark.wide,

@@ -21,7 +21,7 @@ from tests.faults import wait_until
 from tests.integration.processes import ROOT, ServerProcess
 from tests.ports import free_port
 from tests.rehearsal_results import record
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [
     pytest.mark.wide,

@@ -17,7 +17,7 @@ from tests.cuda_standin.board import Board
 from tests.faults import wait_until
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [
     pytest.mark.wide,

@@ -13,7 +13,7 @@ import pytest
 from tests.integration.processes import ServerProcess
 from tests.ports import free_port
 from tests.test_demo import printed, shell
-from vllm_hotswap.demo import closing, online_flow
+from vllm_hotswap.demo.quickstart import closing, online_flow
 
 
 @pytest.fixture

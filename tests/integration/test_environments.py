@@ -21,11 +21,11 @@ from benchmarks import medium
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.integration.watching import MemoryWatch
 from tests.ports import free_port
-from vllm_hotswap.config import load_config
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.devices import CpuDevice
+from vllm_hotswap.config.reader import load_config
+from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.engines.base_memory import STEP_BYTES, expected_memory
-from vllm_hotswap.launch import parse_flags, prepare
+from vllm_hotswap.host.devices import CpuDevice
+from vllm_hotswap.launch.prepare import parse_flags, prepare
 
 pytestmark = [
     pytest.mark.all_cores,

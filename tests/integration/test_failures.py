@@ -16,7 +16,7 @@ import pytest
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 ONE_MODEL = f"""\
 models:

@@ -23,7 +23,7 @@ from tests.faults import Faults, RawClient, wait_until
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, still_there
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 HANG_S = 6
 

@@ -22,9 +22,9 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from tests.integration.processes import ServerProcess
-from vllm_hotswap.compat.frontend import complete
-from vllm_hotswap.compat.stamps import StampedCore
-from vllm_hotswap.registry import Lease, current_lease
+from vllm_hotswap.engines.frontend import complete
+from vllm_hotswap.engines.stamps import StampedCore
+from vllm_hotswap.models.registry import Lease, current_lease
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 HALF = "\ud83d"

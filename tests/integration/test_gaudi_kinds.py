@@ -27,7 +27,7 @@ from tests.gaudi_standin.server import (
 from tests.integration.processes import ServerProcess
 from tests.rehearsal_results import record
 from tests.zoo.make import make
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [
     pytest.mark.wide,

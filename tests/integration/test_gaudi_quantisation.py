@@ -17,7 +17,7 @@ from tests.gaudi_standin.common import needs_plugin
 from tests.gaudi_standin.server import ask, check_same, post, serving, switch
 from tests.integration.processes import ServerProcess
 from tests.rehearsal_results import record
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [
     pytest.mark.wide,

@@ -32,7 +32,7 @@ from tests.gaudi_standin.server import (
 from tests.gaudi_standin.witness import Step, Witness
 from tests.integration.processes import ServerProcess
 from tests.rehearsal_results import record
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [
     pytest.mark.wide,

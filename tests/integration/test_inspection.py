@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from vllm_hotswap.compat.inspection import RUN, inspected_here, inspected_together
+from vllm_hotswap.launch.inspection import RUN, inspected_here, inspected_together
 
 
 def run(look: object) -> object:

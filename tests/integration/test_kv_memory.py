@@ -17,11 +17,11 @@ import pytest
 from tests.integration.architectures import ARCHITECTURES, make
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, cache_of_its_own
 from tests.ports import free_port
-from vllm_hotswap.compat.kv_cache import expected_limits
-from vllm_hotswap.config import load_config
-from vllm_hotswap.devices import CpuDevice
+from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.engines.base_memory import expected_memory
-from vllm_hotswap.launch import parse_flags, prepare
+from vllm_hotswap.host.devices import CpuDevice
+from vllm_hotswap.host.kv_cache import expected_limits
+from vllm_hotswap.launch.prepare import parse_flags, prepare
 
 # Each architecture is inspected by vLLM in a process of its own the first time on a machine.
 pytestmark = [pytest.mark.timeout(900), pytest.mark.wide]

@@ -18,9 +18,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.faults import wait_until
 from tests.integration.hosted import request_of
 from tests.integration.processes import ServerProcess
-from vllm_hotswap.compat.grammars import SLOW, Checks, check_aside, sign, take_turns
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.fair_pool import FairPool
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.host.grammars import SLOW, Checks, check_aside, sign, take_turns
+from vllm_hotswap.tasks.fair_pool import FairPool
 
 MANY = 40
 WORDS = [f"The number {number} is" for number in range(MANY)]

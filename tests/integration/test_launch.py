@@ -15,21 +15,16 @@ import pytest
 from starlette.applications import Starlette
 
 from tests.serving import flags
-from vllm_hotswap.compat.configuration import engine_config, serve_parser
-from vllm_hotswap.compat.frontend import certificate_refresher, uvicorn_log_config
-from vllm_hotswap.compat.versions import vllm_version
-from vllm_hotswap.config import ModelConfig, load_config
-from vllm_hotswap.demo import MODELS, write
+from vllm_hotswap.config.permissions import code_keys
+from vllm_hotswap.config.reader import ModelConfig, load_config
+from vllm_hotswap.connections.listen import Listener
+from vllm_hotswap.demo.quickstart import MODELS, write
+from vllm_hotswap.engines.frontend import certificate_refresher, uvicorn_log_config
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.flags import model_flags
-from vllm_hotswap.launch import (
-    Launch,
-    parse_flags,
-    prepare,
-    weights_bytes,
-)
-from vllm_hotswap.listen import Listener
-from vllm_hotswap.security import code_keys
+from vllm_hotswap.host.vllm_versions import vllm_version
+from vllm_hotswap.launch.flags import model_flags
+from vllm_hotswap.launch.prepare import Launch, parse_flags, prepare, weights_bytes
+from vllm_hotswap.launch.vllm_config import engine_config, serve_parser
 
 
 def launch(text: str, folder: Path, *flags: str) -> Launch:
@@ -255,7 +250,7 @@ def test_variables_of_a_model_are_set_while_its_configuration_is_made(
         seen.append(os.environ.get("QUANT_CONFIG"))
         return engine_config(args)
 
-    monkeypatch.setattr("vllm_hotswap.launch.engine_config", spy)
+    monkeypatch.setattr("vllm_hotswap.launch.prepare.engine_config", spy)
     made = launch(text, tmp_path).models
 
     assert [str(tmp_path / "quant.json"), None, "/server.json"] == seen

@@ -16,7 +16,7 @@ from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.integration.test_launch import launch
 from tests.ports import free_port
-from vllm_hotswap.demo import write
+from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.errors import ConfigError
 
 STRENGTH = 0.3
@@ -444,8 +444,8 @@ def test_slots_of_adapters_are_counted_before_a_load(tmp_path: Path) -> None:
     made = launch(
         "models: {m: {model: LLAMA, enable_lora: true, max_loras: 8, max_lora_rank: 512}}", tmp_path
     )
-    from vllm_hotswap.budget import OVERHEAD_BYTES
-    from vllm_hotswap.compat.memory import model_needs
+    from vllm_hotswap.launch.budget import OVERHEAD_BYTES
+    from vllm_hotswap.launch.needs import model_needs
 
     needs = model_needs("m", made.models[0].vllm_config, 0)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 LOOPBACK, OUTSIDE = "127.0.0.1", "10.99.99.2"
 LISTEN = "0A"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.processes import ServerProcess, without_compilers
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = pytest.mark.wide
 

@@ -18,9 +18,9 @@ import pytest
 from benchmarks import medium
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.devices import CpuDevice
+from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.engines.base_memory import expected_memory
+from vllm_hotswap.host.devices import CpuDevice
 
 pytestmark = pytest.mark.wide
 

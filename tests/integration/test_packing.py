@@ -12,8 +12,8 @@ from vllm.model_executor import models
 from vllm.model_executor.layers import utils, vocab_parallel_embedding
 from vllm.model_executor.models import registry
 
-from vllm_hotswap.compat.packing import ONE_LAYER, keeps_packed_copy, packed_copies_bytes
-from vllm_hotswap.devices import CPU_WORKER, anonymous_bytes
+from vllm_hotswap.host.devices import CPU_WORKER, anonymous_bytes
+from vllm_hotswap.launch.packing import ONE_LAYER, keeps_packed_copy, packed_copies_bytes
 
 ROWS, COLUMNS = 16384, 1024
 SMALL = 2048, 1024

@@ -12,7 +12,7 @@ import pytest
 from tests.cores import ALL_CORES
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS, WEATHER_TOOL
+from vllm_hotswap.demo.quickstart import MODELS, WEATHER_TOOL
 
 pytestmark = pytest.mark.all_cores
 ROOT = Path(__file__).parent.parent.parent

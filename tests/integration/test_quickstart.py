@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS, QUESTION, WEATHER_TOOL
+from vllm_hotswap.demo.quickstart import MODELS, QUESTION, WEATHER_TOOL
 
 
 def test_every_configured_alias_is_listed_with_its_status(server: ServerProcess) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from vllm_hotswap import tiny_models
-from vllm_hotswap.compat.rehearsals import Rehearsals, digest_of
-from vllm_hotswap.helpers import Bounds, Errand, Helpers, HelperStopped, OutOfBounds
+from vllm_hotswap.host.grammar_rehearsals import Rehearsals, digest_of
+from vllm_hotswap.system.helpers import Bounds, Errand, Helpers, HelperStopped, OutOfBounds
 
 pytestmark = pytest.mark.vllm
 

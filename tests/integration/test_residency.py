@@ -25,8 +25,8 @@ from tests.integration.processes import (
 )
 from tests.integration.watching import MemoryWatch
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.devices import anonymous_bytes
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.host.devices import anonymous_bytes
 
 # Plain vLLM servers are started to compare with, and models are made.
 pytestmark = pytest.mark.timeout(900)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.devices import HOSTED_CPU_WORKER, HOSTED_CUDA_WORKER
 from vllm_hotswap.errors import NoRoom
+from vllm_hotswap.host.devices import HOSTED_CPU_WORKER, HOSTED_CUDA_WORKER
 from vllm_hotswap.host.engine import HostedEngine
 from vllm_hotswap.host.together import HalfAsleep
 

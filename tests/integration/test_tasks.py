@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tests.integration.conftest import events
 from tests.integration.processes import ServerProcess
 from tests.ports import free_port
-from vllm_hotswap.demo import CONFIGURATION, MODELS
-from vllm_hotswap.routes import VLLM_USER_ROUTES
+from vllm_hotswap.api.vllm_routes import VLLM_USER_ROUTES
+from vllm_hotswap.demo.quickstart import CONFIGURATION, MODELS
 
 CLASSES = ("no", "maybe", "yes")
 

@@ -22,8 +22,8 @@ from tests.integration.processes import (
     without_compilers,
 )
 from tests.ports import free_port
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.devices import anonymous_bytes
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.host.devices import anonymous_bytes
 
 pytestmark = [pytest.mark.all_cores, pytest.mark.wide]
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tests.integration.processes import FROM_HERE, without_compilers
-from vllm_hotswap.compat.state import is_known
-from vllm_hotswap.platforms import host_environment
+from vllm_hotswap.host.platforms import host_environment
+from vllm_hotswap.host.vllm_state import is_known
 
 # The first test waits for all programs, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(900)
@@ -113,14 +113,14 @@ def test_small_functions_need_no_compiler_in_a_worker_process(told: Told) -> Non
 
 
 def test_every_piece_of_state_that_changes_is_listed(watched: Any) -> None:
-    """Every piece of state that changes is in `compat.state`'s `STATE`, with its owner."""
+    """Every piece of state that changes is in `host.vllm_state`'s `STATE`, with its owner."""
     changes = watched["changes"]
 
     unlisted = {
         place: name for name, places in changes.items() for place in places if not is_known(place)
     }
 
-    assert {} == unlisted, "decide whose these are and list them in vllm_hotswap.compat.state"
+    assert {} == unlisted, "decide whose these are and list them in vllm_hotswap.host.vllm_state"
     assert "vllm.distributed.parallel_state:_EP" in changes["load moe"]
 
 

@@ -21,10 +21,10 @@ from tests.integration.processes import FROM_HERE, ServerProcess
 from tests.ports import free_port
 from tests.zoo.models import MIB, PROMPTS, TOKENS, ZOO, Model
 from tests.zoo.questions import PAIR, PICTURE
-from vllm_hotswap.demo import MODELS
-from vllm_hotswap.devices import CpuDevice
+from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.engines.base_memory import expected_memory
-from vllm_hotswap.platforms import host_environment
+from vllm_hotswap.host.devices import CpuDevice
+from vllm_hotswap.host.platforms import host_environment
 
 # `test_vllm_state.py` has those whose kinds are the most unlike in every run.
 pytestmark = [pytest.mark.wide, pytest.mark.timeout(900)]

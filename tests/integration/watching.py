@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from vllm_hotswap.devices import anonymous_bytes
+from vllm_hotswap.host.devices import anonymous_bytes
 
 
 class MemoryWatch:

@@ -19,9 +19,9 @@ from typing import Any
 
 from tests.zoo.models import PROMPTS, TOKENS, ZOO, Model
 from tests.zoo.questions import PAIR, PICTURE
-from vllm_hotswap.compat.inspection import inspected_here
-from vllm_hotswap.compat.names import find
-from vllm_hotswap.demo import MODELS
+from vllm_hotswap.demo.quickstart import MODELS
+from vllm_hotswap.host.vllm_names import find
+from vllm_hotswap.launch.inspection import inspected_here
 
 
 def main() -> None:

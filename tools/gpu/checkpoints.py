@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import medium
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 
 POOL = (1 << 24) + 43
 """How many numbers; an odd number, so that rows of a tensor do not repeat."""

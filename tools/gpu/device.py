@@ -16,7 +16,7 @@ from typing import Any
 
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host.cuda_driver import DriverError, check_driver
-from vllm_hotswap.nvml import asked, device_free_bytes, handle_of, is_divided
+from vllm_hotswap.host.nvml import asked, device_free_bytes, handle_of, is_divided
 
 GIB = 1 << 30
 MIB = 1 << 20

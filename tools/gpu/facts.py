@@ -20,7 +20,7 @@ from tools.gpu.results import Say
 from tools.gpu.task import Task
 from vllm_hotswap.host.cuda_driver import Driver, check_driver
 from vllm_hotswap.host.cuda_memory import HostCopy
-from vllm_hotswap.nvml import device_free_bytes
+from vllm_hotswap.host.nvml import device_free_bytes
 
 PINNED_BYTES = 64 * MIB
 CONTEXT_BYTES = 512 * MIB

@@ -18,7 +18,7 @@ from tools.gpu.serving import GRAPHS, Counts, serve
 from tools.gpu.sizes import REHEARSAL, Room, Sizes, choose
 from tools.gpu.task import Task
 from vllm_hotswap.host.cuda_driver import Driver, check_driver
-from vllm_hotswap.nvml import device_free_bytes
+from vllm_hotswap.host.nvml import device_free_bytes
 
 MID = "mid"
 COUNTS = Counts(parked=50, cycles=20, cold=4)

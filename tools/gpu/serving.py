@@ -14,7 +14,7 @@ from tools.gpu.device import MIB, used_bytes
 from tools.gpu.goals import COLD_DRIFT_MIB, drift
 from tools.gpu.results import Say
 from tools.gpu.task import Rounds, Task
-from vllm_hotswap.devices import anonymous_bytes
+from vllm_hotswap.host.devices import anonymous_bytes
 
 GRAPHS: Mapping[str, Any] = {
     "mode": 0,

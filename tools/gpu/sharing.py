@@ -22,8 +22,8 @@ from tools.gpu.device import MIB, total_bytes
 from tools.gpu.results import Say
 from tools.gpu.task import Task
 from tools.gpu.tiny import model as tiny_model
-from vllm_hotswap.devices import reserve_bytes
 from vllm_hotswap.host.cuda_driver import check_driver
+from vllm_hotswap.host.devices import reserve_bytes
 
 NAMES = {"one": "llama", "two": "qwen", "three": "llama"}
 ACTIVE = "one"

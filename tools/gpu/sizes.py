@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks import medium
 from tools.gpu.device import GIB, MIB
-from vllm_hotswap.devices import reserve_bytes
+from vllm_hotswap.host.devices import reserve_bytes
 
 BIG: Mapping[str, Any] = {
     "hidden_size": 4096,

@@ -9,7 +9,7 @@ from tools.gpu.device import MIB
 from tools.gpu.results import Say
 from tools.gpu.serving import GRAPHS, Counts, serve
 from tools.gpu.task import Task
-from vllm_hotswap import demo
+from vllm_hotswap.demo import quickstart as demo
 
 KV_BYTES = 64 * MIB
 COUNTS = Counts(parked=50, cycles=20, cold=10)

@@ -16,11 +16,16 @@ from tools.vllm_seams.state import seams_of_state
 from tools.vllm_seams.tree import Tree
 from tools.vllm_seams.uses import Uses, uses_in
 from tools.vllm_seams.wheel import NoSources, installed_sources, sources_of
-from vllm_hotswap.code_settings import is_decided
-from vllm_hotswap.compat.frontend import HANDLERS
-from vllm_hotswap.compat.names import OPTIONAL, PLACES
-from vllm_hotswap.compat.versions import READ_ON, RUN_ON
-from vllm_hotswap.routes import OWN_IN_PLACE, VLLM_ADMIN_ROUTES, VLLM_REFUSED, VLLM_USER_ROUTES
+from vllm_hotswap.api.vllm_routes import (
+    OWN_IN_PLACE,
+    VLLM_ADMIN_ROUTES,
+    VLLM_REFUSED,
+    VLLM_USER_ROUTES,
+)
+from vllm_hotswap.config.code_settings import is_decided
+from vllm_hotswap.engines.frontend import HANDLERS
+from vllm_hotswap.host.vllm_names import OPTIONAL, PLACES
+from vllm_hotswap.host.vllm_versions import READ_ON, RUN_ON
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "vllm_hotswap"

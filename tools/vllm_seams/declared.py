@@ -109,7 +109,7 @@ vllm.config.ModelConfig.enable_sleep_mode
 vllm.config.ModelConfig.enable_cumem_allocator since 0.29
 vllm.platforms.interface.Platform.is_cuda()
 
-# engines.vllm, compat.frontend, compat.stamps, compat.canary: the client of an engine
+# engines.vllm_engine, engines.frontend, engines.stamps, engines.vllm_canary: the client of an engine
 vllm.v1.engine.async_llm.AsyncLLM.engine_core
 vllm.v1.engine.async_llm.AsyncLLM._run_output_handler()
 vllm.v1.engine.async_llm.AsyncLLM.output_handler
@@ -154,7 +154,7 @@ vllm.v1.metrics.loggers.PrometheusStatLogger._gauge_cls
 vllm.v1.metrics.loggers.PrometheusStatLogger._counter_cls
 vllm.v1.metrics.loggers.PrometheusStatLogger._histogram_cls
 
-# compat.memory, launch, check: a model's configuration
+# launch.needs, launch, check: a model's configuration
 vllm.config.VllmConfig.model_config
 vllm.config.VllmConfig.parallel_config
 vllm.config.VllmConfig.scheduler_config
@@ -217,7 +217,7 @@ vllm.config.lora.LoRAConfig.max_lora_rank
 vllm.config.lora.LoRAConfig.lora_dtype
 vllm.config.lora.LoRAConfig.default_mm_loras
 
-# compat.kv_cache, compat.inspection, compat.tasks: what is known before a load
+# host.kv_cache, launch.inspection, launch.tasks: what is known before a load
 vllm.config.ModelConfig.runner_type
 vllm.config.ModelConfig.architectures
 vllm.config.ModelConfig.is_encoder_decoder

@@ -31,13 +31,13 @@ class Known:
     """What we decide by hand for each version."""
 
     places: Mapping[str, Mapping[str, str]]
-    """`compat.names.PLACES`."""
+    """`host.vllm_names.PLACES`."""
     optional: frozenset[str]
     """Names that are used only where they exist."""
     routes: frozenset[str]
     """`METHOD /path` of all routes that are answered or refused on purpose."""
     handlers: Mapping[str, tuple[str, ...]]
-    """`compat.frontend.HANDLERS`: path -> names in the state of vLLM's applications."""
+    """`engines.frontend.HANDLERS`: path -> names in the state of vLLM's applications."""
     state: frozenset[str]
     """Additional names in that state that we read."""
     made_by_us: frozenset[str]
@@ -74,7 +74,7 @@ def _places(tree: Tree, known: Known) -> Iterator[Problem]:
     for name, modules in known.places.items():
         is_there = any(tree.has(f"{module}.{name}") for module in modules.values())
         if not is_there and name not in known.optional:
-            yield Problem(name, f"is in none of {', '.join(modules.values())}", "compat.names")
+            yield Problem(name, f"is in none of {', '.join(modules.values())}", "host.vllm_names")
 
 
 def _uses(tree: Tree, uses: Iterable[Use], known: Known) -> Iterator[Problem]:
@@ -139,9 +139,9 @@ def _routes(tree: Tree, known: Known) -> Iterator[Problem]:
     known_names = handlers_in(tree)
     for path, names in known.handlers.items():
         if path in paths and not known_names.intersection(names):
-            yield Problem(path, f"has no handler {' or '.join(names)}", "compat.frontend.HANDLERS")
+            yield Problem(path, f"has no handler {' or '.join(names)}", "engines.frontend.HANDLERS")
     for name in sorted(known.state - known_names):
-        yield Problem(f"app.state.{name}", "is never set", "compat.frontend")
+        yield Problem(f"app.state.{name}", "is never set", "engines.frontend")
 
 
 def changed(old: Tree, new: Tree, names: Iterable[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The process-wide state of vLLM that `compat.state` lists, as far as sources show it.
+"""The process-wide state of vLLM that `host.vllm_state` lists, as far as sources show it.
 
 A renamed global would silently not be moved.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from tools.vllm_seams.declared import Seam, numbers
-from vllm_hotswap.compat.state import STATE, State
+from vllm_hotswap.host.vllm_state import STATE, State
 
 CLASSES = {"vllm.platforms.current_platform.__class__": "vllm.platforms.interface.Platform"}
 """Objects that exist only at run time, and their classes."""

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 ENTRY_POINTS = frozenset(["vllm.platform_plugins"])
 """Groups of entry points, which look like names of modules."""
 
-PASSED_OVER = "compat/state.py"
+PASSED_OVER = "host/vllm_state.py"
 """Names in its list that a version lacks are ignored when they are looked up."""
 
 PYTHONS = frozenset(["__mro__", "__name__", "__dict__", "__module__", "__qualname__", "__doc__"])
@@ -68,7 +68,7 @@ def uses_in(source: Path, places: Mapping[str, Mapping[str, str]]) -> Uses:
 
     Args:
         source: the folder of our package.
-        places: `compat.names.PLACES`: names that are looked up by `find`, which are checked with
+        places: `host.vllm_names.PLACES`: names that are looked up by `find`, which are checked with
             the places that they may be in.
     """
     names: list[Use] = []

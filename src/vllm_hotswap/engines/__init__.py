@@ -1,1 +1,20 @@
-"""The engine protocol and its two implementations."""
+"""vLLM's engines and frontends, as the API process sees them."""
+
+from __future__ import annotations
+
+from vllm_hotswap.engines import frontend
+from vllm_hotswap.engines.base_memory import expected_memory
+from vllm_hotswap.engines.link import HostLink
+from vllm_hotswap.engines.stamps import make_stamp, read_stamp
+from vllm_hotswap.engines.vllm_engine import VllmHost
+from vllm_hotswap.engines.vllm_metrics import VLLM_REGISTRIES
+
+__all__ = [
+    "HostLink",
+    "VLLM_REGISTRIES",
+    "VllmHost",
+    "expected_memory",
+    "frontend",
+    "make_stamp",
+    "read_stamp",
+]

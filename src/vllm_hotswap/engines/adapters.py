@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.compat.adapters import (
+from vllm_hotswap.errors import ConfigError
+from vllm_hotswap.launch import (
     adapter_request,
     check_adapter,
     load_adapter,
     serve_adapter,
     stop_serving,
 )
-from vllm_hotswap.engines.base import Adapter, AdapterFiles
-from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.log_lines import value_text
+from vllm_hotswap.models import Adapter, AdapterFiles
+from vllm_hotswap.system import value_text
 
 log = logging.getLogger("vllm_hotswap")
 

@@ -16,13 +16,10 @@ from importlib import metadata
 from pathlib import Path
 
 from vllm_hotswap import __version__
-from vllm_hotswap.caches import make_folder
-from vllm_hotswap.compat.versions import cache_root, cpu_capability
-from vllm_hotswap.devices import Device, DeviceMemory
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import one_line
-from vllm_hotswap.host.messages import Measure, Message
-from vllm_hotswap.paths import replace_text
+from vllm_hotswap.host import Device, DeviceMemory, Measure, Message, cache_root, cpu_capability
+from vllm_hotswap.system import make_folder, replace_text
 
 log = logging.getLogger("vllm_hotswap")
 

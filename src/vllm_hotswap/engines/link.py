@@ -25,8 +25,7 @@ from typing import Any
 
 from vllm_hotswap import failpoints
 from vllm_hotswap.errors import EngineUnavailable, HotswapError, NoRoom
-from vllm_hotswap.host.messages import Command, CommandResult, Message, Ready, Stop
-from vllm_hotswap.platforms import host_environment
+from vllm_hotswap.host import Command, CommandResult, Message, Ready, Stop, host_environment
 
 STOP_TIMEOUT_S = 10.0
 SEND_TIMEOUT_S = 10.0

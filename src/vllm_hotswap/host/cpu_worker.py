@@ -20,8 +20,8 @@ import time
 from contextlib import AbstractContextManager
 from typing import Any
 
-import vllm_hotswap.compat.gloo  # before groups are made
-import vllm_hotswap.compat.uncompiled  # noqa: F401  # before vLLM's modules
+import vllm_hotswap.host.gloo  # before groups are made
+import vllm_hotswap.host.uncompiled  # noqa: F401  # before vLLM's modules
 
 # isort: split
 import torch
@@ -29,9 +29,9 @@ from torch.overrides import TorchFunctionMode
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.model_executor.model_loader import get_model
 
-from vllm_hotswap.compat.cpu_worker import CPUWorker
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.host.arena import Arena
+from vllm_hotswap.host.base_cpu_worker import CPUWorker
 from vllm_hotswap.host.compiled import CompiledCode, is_compiled
 from vllm_hotswap.host.heap import give_back_free_memory, large_blocks_mapped
 from vllm_hotswap.host.lora import use_masking

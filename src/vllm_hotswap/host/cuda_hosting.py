@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from vllm_hotswap.devices import reserve_bytes
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.host.cuda_driver import Driver
 from vllm_hotswap.host.cuda_memory import ModelMemory, Range
 from vllm_hotswap.host.cuda_pools import ModelPools, NoPools, Torch, TorchCuda
+from vllm_hotswap.host.devices import reserve_bytes
 
 SLEEPING = ("weights", "kv_cache")
 """Tags whose memory a sleep gives back. Workspaces and the rest of a runner stay on the device."""
@@ -41,7 +41,7 @@ WRAPPERS = (
     ("vllm.compilation.cuda_graph", "CUDAGraphWrapper"),
     ("vllm.compilation.breakable_cudagraph", "BreakableCUDAGraphWrapper"),
 )
-"""Classes that list all their instances; `compat.state` keeps one such list for each engine."""
+"""Classes that list all their instances; `host.vllm_state` keeps one such list for each engine."""
 
 BLOCK = 512
 """Torch allocates whole blocks of so many bytes: what follows a tensor in its last is unused."""

@@ -29,22 +29,20 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.utils import EngineZmqAddresses
 from vllm.v1.request import RequestStatus
 
-from vllm_hotswap.compat import gaudi, grammars
-from vllm_hotswap.compat.hashing import with_own_globals
-from vllm_hotswap.devices import device_of
 from vllm_hotswap.errors import one_line
-from vllm_hotswap.host import together
+from vllm_hotswap.host import gaudi, grammars, together
 from vllm_hotswap.host.canaries import Canaries
 from vllm_hotswap.host.compiled import CompiledCode
 from vllm_hotswap.host.cuda_memory import GIVE_UP_BYTES, SLICE_BYTES
+from vllm_hotswap.host.devices import device_of
+from vllm_hotswap.host.hashing import with_own_globals
 from vllm_hotswap.host.messages import SocketPaths
 from vllm_hotswap.host.randomness import Randomness
 from vllm_hotswap.host.state import EngineState, in_own_state, process_state
 from vllm_hotswap.host.teardown import dismantle, pools_of
 from vllm_hotswap.host.threads import use_all_cores
-from vllm_hotswap.log_lines import value_text
-from vllm_hotswap.quiet import log_of_clients
 from vllm_hotswap.states import WakeProgress
+from vllm_hotswap.system import log_of_clients, value_text
 
 
 class RingingQueue(queue.Queue[Any]):

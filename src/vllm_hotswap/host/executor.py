@@ -27,11 +27,11 @@ from vllm.utils import network_utils
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from vllm_hotswap.compat.kv_cache import KVLimits, given_bytes, limits
+from vllm_hotswap.host.kv_cache import KVLimits, given_bytes, limits
+from vllm_hotswap.host.platforms import BIND_VARIABLE, binding_for_ranks
 from vllm_hotswap.host.progress import reached
 from vllm_hotswap.host.state import compiles_nothing
-from vllm_hotswap.log_lines import value_text
-from vllm_hotswap.platforms import BIND_VARIABLE, binding_for_ranks
+from vllm_hotswap.system import value_text
 
 log = logging.getLogger("vllm_hotswap.host")
 NO_COMPILER = "TORCH_COMPILE_DISABLE"

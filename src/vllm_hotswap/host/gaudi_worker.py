@@ -19,8 +19,8 @@ from typing import Any
 
 from vllm_gaudi.v1.worker.hpu_worker import HPUWorker
 
-from vllm_hotswap.compat.gaudi import DEVICE_TYPE
-from vllm_hotswap.log_lines import value_text
+from vllm_hotswap.host.gaudi import DEVICE_TYPE
+from vllm_hotswap.system import value_text
 
 log = logging.getLogger("vllm_hotswap.host")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.variables import Environment
+from vllm_hotswap.host.variables import Environment
 
 
 @dataclass(frozen=True, slots=True)

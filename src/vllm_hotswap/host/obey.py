@@ -9,12 +9,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from vllm_hotswap.compat import loading
-from vllm_hotswap.compat.kv_cache import kv_shares
-from vllm_hotswap.devices import Device, device_of
 from vllm_hotswap.errors import HotswapError, NoRoom, one_line
 from vllm_hotswap.failpoints import failpoint
+from vllm_hotswap.host import loading
+from vllm_hotswap.host.devices import Device, device_of
 from vllm_hotswap.host.heap import give_back_free_memory
+from vllm_hotswap.host.kv_cache import kv_shares
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import (
     Activate,
@@ -36,8 +36,8 @@ from vllm_hotswap.host.messages import (
 )
 from vllm_hotswap.host.teardown import collect_leftovers
 from vllm_hotswap.host.together import HalfAsleep
-from vllm_hotswap.log_lines import value_text
-from vllm_hotswap.variables import Variables
+from vllm_hotswap.host.variables import Variables
+from vllm_hotswap.system import value_text
 
 if TYPE_CHECKING:
     from vllm_hotswap.host.engine import HostedEngine

@@ -20,16 +20,18 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from vllm_hotswap import failpoints
-from vllm_hotswap.environment import shut_out_writers
-from vllm_hotswap.file_limit import raised_file_limit
-from vllm_hotswap.garbage import gc_paused
 from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import Ready, Stop
+from vllm_hotswap.host.platforms import parse_cores
 from vllm_hotswap.host.threads import remember_cores, use_all_cores
-from vllm_hotswap.log_lines import configure_logging
-from vllm_hotswap.platforms import parse_cores
-from vllm_hotswap.quiet import Quiet
-from vllm_hotswap.signals import signal_when_orphaned
+from vllm_hotswap.system import (
+    Quiet,
+    configure_logging,
+    raised_file_limit,
+    shut_out_writers,
+    signal_when_orphaned,
+)
+from vllm_hotswap.tasks import gc_paused
 
 log = logging.getLogger("vllm_hotswap.host")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_hotswap.devices import accelerator_module
+from vllm_hotswap.host.devices import accelerator_module
 
 
 @dataclass(frozen=True, slots=True)

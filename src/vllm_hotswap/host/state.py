@@ -1,11 +1,11 @@
 """Moves vLLM's process-wide state in and out, for the engine that is worked with.
 
-`compat.state` lists that state, with reasons. While the same engine is worked with, nothing is
+`host.vllm_state` lists that state, with reasons. While the same engine is worked with, nothing is
 moved: steps cost nothing. When another engine follows, the state of the last one is kept for it,
 and the other's is put back, as if each had a process of its own. So an engine that cannot be loaded
 leaves nothing behind.
 
-Only the compute thread works with engines. `compat.state` says what IO threads read of this state
+Only the compute thread works with engines. `host.vllm_state` says what IO threads read of this state
 at other times.
 
 Worker processes of a tensor-parallel model serve that model alone: nothing is moved in them.
@@ -26,9 +26,9 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from vllm_hotswap.compat.state import PLUGINS, STATE, Owner, State, of_owner
-from vllm_hotswap.compat.versions import vllm_version
 from vllm_hotswap.host.randomness import Randomness
+from vllm_hotswap.host.vllm_state import PLUGINS, STATE, Owner, State, of_owner
+from vllm_hotswap.host.vllm_versions import vllm_version
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,7 +95,7 @@ class Item:
 
 
 def cells(place: str) -> Iterator[Cell]:
-    """Yield the cells at a place of `compat.state`.
+    """Yield the cells at a place of `host.vllm_state`.
 
     None if this vLLM has no such place, or if it belongs to a plugin that is not in use.
     """

@@ -23,17 +23,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from vllm_hotswap.adapters import read_adapter
-from vllm_hotswap.compat.stamps import make_stamp
-from vllm_hotswap.engines.base import (
-    Adapter,
-    EngineFailure,
-    EngineMemory,
-    HostStats,
-    Previewed,
-    Progress,
-    Pulse,
-)
+from vllm_hotswap.engines import make_stamp
 from vllm_hotswap.errors import (
     ConfigError,
     EngineUnavailable,
@@ -42,9 +32,21 @@ from vllm_hotswap.errors import (
     VerifyFailed,
     WrongStamp,
 )
-from vllm_hotswap.footprint import Footprint, Usage
-from vllm_hotswap.model_routes import ForeseenRoutes, ModelRoutes
-from vllm_hotswap.registry import current_lease
+from vllm_hotswap.launch import read_adapter
+from vllm_hotswap.models import (
+    Adapter,
+    EngineFailure,
+    EngineMemory,
+    Footprint,
+    ForeseenRoutes,
+    HostStats,
+    ModelRoutes,
+    Previewed,
+    Progress,
+    Pulse,
+    Usage,
+    current_lease,
+)
 from vllm_hotswap.states import Residency, WakeProgress
 from vllm_hotswap.testing.fake_frontend import TASKS, WORDS, FakeFrontend, Manners, Task
 from vllm_hotswap.testing.fake_responses import FakeResponses

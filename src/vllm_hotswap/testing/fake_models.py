@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_hotswap.checkpoint import weight_files
-from vllm_hotswap.config import ModelConfig, ServerConfig, unknown_key
+from vllm_hotswap.config import MemoryBudget, ModelConfig, ServerConfig, resolve_size, unknown_key
 from vllm_hotswap.errors import ConfigMistakes, Mistake, mistakes_of
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.misspelt import known_flags
-from vllm_hotswap.sizes import MemoryBudget, resolve_size
+from vllm_hotswap.launch import known_flags, weight_files
+from vllm_hotswap.models import Usage
 from vllm_hotswap.testing.fake_engine import MAX_RANK, FakeSettings
 from vllm_hotswap.testing.fake_frontend import Manners, Task
 

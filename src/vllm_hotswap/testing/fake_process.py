@@ -13,12 +13,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from vllm_hotswap.compat.stamps import make_stamp, read_stamp
-from vllm_hotswap.engines.base import HostStats, Pulse
-from vllm_hotswap.engines.link import HostLink
+from vllm_hotswap.engines import HostLink, make_stamp, read_stamp
 from vllm_hotswap.errors import EngineUnavailable
-from vllm_hotswap.footprint import Usage
-from vllm_hotswap.host.messages import (
+from vllm_hotswap.host import (
     Activate,
     EngineFailed,
     GiveUpWake,
@@ -31,6 +28,7 @@ from vllm_hotswap.host.messages import (
     Wake,
     WakeSlice,
 )
+from vllm_hotswap.models import HostStats, Pulse, Usage
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeEngine, FakeHost, FakeSettings
 from vllm_hotswap.testing.fake_frontend import WORDS
 from vllm_hotswap.testing.fake_process_host import Ask, Drop, Durations, Token

@@ -16,11 +16,11 @@ from typing import Any
 
 from vllm_hotswap.errors import HotswapError, one_line
 from vllm_hotswap.failpoints import failpoint
-from vllm_hotswap.host.loop import EngineLoop
-from vllm_hotswap.host.messages import (
+from vllm_hotswap.host import (
     Activate,
     CommandResult,
     EngineFailed,
+    EngineLoop,
     GiveUpWake,
     Load,
     LoadStage,

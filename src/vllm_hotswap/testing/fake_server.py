@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vllm_hotswap.config import ServerConfig
-from vllm_hotswap.engines.base import Adapter, AdapterFiles
+from vllm_hotswap.connections import DEFAULT_PORT
 from vllm_hotswap.errors import ConfigError
-from vllm_hotswap.listen import DEFAULT_PORT
-from vllm_hotswap.lora_modules import check_names
-from vllm_hotswap.misspelt import refuse_unknown
+from vllm_hotswap.launch import check_names, refuse_unknown
+from vllm_hotswap.models import Adapter, AdapterFiles
 from vllm_hotswap.server import Prepared, Start
 from vllm_hotswap.testing.fake_engine import FakeHost
 from vllm_hotswap.testing.fake_models import adapters_of, budget_of, check_keys, settings_of

@@ -16,8 +16,8 @@ from vllm_hotswap import start_folder
 if __name__ == "__main__":
     start_folder.leave()
 
-from vllm_hotswap import cli  # from where it belongs
-from vllm_hotswap.settings import CONFIG_VARIABLES
+from vllm_hotswap.cli import main as cli  # from where it belongs
+from vllm_hotswap.config import CONFIG_VARIABLES
 
 
 def config_path(environment: Mapping[str, str]) -> str | None:

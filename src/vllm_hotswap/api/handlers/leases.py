@@ -1,0 +1,79 @@
+"""Routes that hold a model for a job."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from vllm_hotswap.api.handlers.residency import Body, caller_of, parse_body
+from vllm_hotswap.api.schemas import JobLeaseAnswer, JobLeaseList, RevokedLease
+from vllm_hotswap.switching import Coordinator, JobLease, Jobs
+
+
+class LeaseOptions(Body):
+    """Body of `POST /admin/leases`."""
+
+    model: str = Field(min_length=1)
+    owner: str = Field(min_length=1, max_length=200)
+    ttl: float = Field(gt=0, lt=1e9)
+    """Seconds, from when the model is active."""
+    note: str = Field(default="", max_length=1000)
+
+
+class RenewOptions(Body):
+    """Body of `POST /admin/leases/{id}`."""
+
+    ttl: float = Field(gt=0, lt=1e9)
+    """Seconds from now."""
+
+
+class JobRoutes:
+    """Handlers of `/admin/leases`."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    async def show(self, request: Request) -> Response:
+        tells_keys = caller_of(request).role == "admin"
+        body: JobLeaseList = {"leases": leases_body(self._coordinator.jobs, tells_keys)}
+        return JSONResponse(body)
+
+    async def hold(self, request: Request) -> Response:
+        options = parse_body(LeaseOptions, await request.body())
+        lease = await self._coordinator.hold(
+            options.model, options.owner, options.ttl, options.note, caller_of(request).key
+        )
+        return JSONResponse(lease_body(lease, self._coordinator.jobs, tells_key=True))
+
+    async def renew(self, request: Request) -> Response:
+        options, jobs = parse_body(RenewOptions, await request.body()), self._coordinator.jobs
+        lease = jobs.renew(request.path_params["id"], options.ttl, caller_of(request).key)
+        return JSONResponse(lease_body(lease, jobs, tells_key=True))
+
+    async def revoke(self, request: Request) -> Response:
+        jobs, key = self._coordinator.jobs, caller_of(request).key
+        lease = jobs.revoke(request.path_params["id"], key)
+        body: RevokedLease = {"id": lease.id, "model": lease.model, "revoked": True}
+        return JSONResponse(body)
+
+
+def leases_body(jobs: Jobs, tells_keys: bool = False) -> list[JobLeaseAnswer]:
+    """List job leases, as JSON."""
+    return [lease_body(lease, jobs, tells_keys) for lease in jobs.leases]
+
+
+def lease_body(lease: JobLease, jobs: Jobs, tells_key: bool) -> JobLeaseAnswer:
+    """Return a job lease as JSON. The key that took it is for admins alone (`tells_key`)."""
+    body: JobLeaseAnswer = {
+        "id": lease.id,
+        "model": lease.model,
+        "owner": lease.owner,
+        "note": lease.note,
+        "created": lease.created,
+        "expires_in_s": round(jobs.expires_in_s(lease), 3),
+        "pending": lease.is_pending,
+    }
+    if tells_key and lease.key:
+        body["key"] = lease.key
+    return body

@@ -1,0 +1,16 @@
+"""One model is active: requests, switches, jobs and recovery."""
+
+from __future__ import annotations
+
+from vllm_hotswap.switching.coordinator import Clock, Coordinator
+from vllm_hotswap.switching.job_leases import JobLease
+from vllm_hotswap.switching.jobs import Jobs
+from vllm_hotswap.switching.switch import SwitchResult
+
+__all__ = [
+    "Clock",
+    "Coordinator",
+    "JobLease",
+    "Jobs",
+    "SwitchResult",
+]

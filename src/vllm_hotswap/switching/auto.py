@@ -1,0 +1,503 @@
+"""The mode `auto`: requests wait for their turn at their engine, and the server switches by itself.
+
+A request enters its model's own frontend at once: an invalid one is refused without a switch.
+Before anything of it reaches the engine, it waits here for its turn. `scheduler` and its policy
+decide; the coordinator carries out the decision.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+from vllm_hotswap.config import LimitsConfig, SwitchingConfig
+from vllm_hotswap.errors import (
+    EngineUnavailable,
+    QueueFull,
+    RateLimited,
+    SwitchFailed,
+    SwitchNotAllowed,
+    WaitTimeout,
+    one_line,
+)
+from vllm_hotswap.models import Cut, Lease, Model, Registry, drain
+from vllm_hotswap.residency import Ladder, up_cost_s
+from vllm_hotswap.scheduling import (
+    Decision,
+    ModelTerms,
+    PolicySettings,
+    RequestTerms,
+    Scheduler,
+    SwitchCosts,
+    SwitchTo,
+    Ticket,
+    WaitUntil,
+    batch,
+    make_policy,
+)
+from vllm_hotswap.states import Residency, SwitchPhase
+from vllm_hotswap.switching.switch import Switch
+
+log = logging.getLogger("vllm_hotswap")
+
+ACTIVATE_S = 0.005
+"""Estimated cost of a switch besides bringing the target up, until one has been measured."""
+
+LEAST_DELAY_S = 0.001
+"""Shortest delay before the policy is asked again, whatever time it names."""
+
+BRINGING_UP = (SwitchPhase.BRING_UP, SwitchPhase.ACTIVATE, SwitchPhase.VERIFY)
+
+MAX_DOUBLINGS = 30
+
+MAX_BACKOFF_S = 60.0
+"""Longest time for which requests for a model that cannot be brought up are refused."""
+
+
+class Switching(Protocol):
+    """The part of the coordinator that this module uses."""
+
+    @property
+    def active(self) -> str | None: ...
+
+    @property
+    def last_active(self) -> str | None:
+        """The model that recovery brings back, or that was active before the server rested."""
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def target(self) -> str | None: ...
+
+    @property
+    def can_switch(self) -> bool:
+        """Whether the server may begin a switch, and admit requests, now."""
+
+    def grant(self, model: Model, lease: Lease) -> None:
+        """Give a request its turn."""
+
+    def begin_switch(
+        self, target: Model, drain_until_s: Callable[[], float], may_park: bool = True
+    ) -> Switch:
+        """Switch without aborting requests."""
+
+    def recheck_drain(self) -> None:
+        """Make a drain that is under way ask again until when it may wait."""
+
+
+class Dispatcher:
+    """Queues requests, gives them their turn, and starts switches as the policy decides.
+
+    The mutable state is:
+
+    - the scheduler;
+    - `_leases`: leases of requests that have not had their turn, by ticket, each with a future if
+      the request waits;
+    - `_timer`: when the policy wants to be asked again;
+    - `_failures`: how often in a row a model could not be brought up, and until when it is not
+      tried again;
+    - `_is_closed`: whether no further decisions are made.
+    """
+
+    def __init__(
+        self,
+        server: Switching,
+        registry: Registry,
+        ladder: Ladder,
+        settings: SwitchingConfig,
+        limits: LimitsConfig,
+        clock: Callable[[], float],
+    ) -> None:
+        self._server = server
+        self._registry = registry
+        self._ladder = ladder
+        self._settings = settings
+        self._limits = limits
+        self._clock = clock
+        self._policy_settings = PolicySettings(settings.min_active, settings.slice)
+        self.costs = SwitchCosts()
+        self.scheduler = Scheduler(
+            [self._terms(model) for model in registry],
+            make_policy(settings.policy, self._policy_settings),
+            self._cost_s,
+        )
+        self._leases: dict[Ticket, tuple[Lease, asyncio.Future[None] | None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._failures: dict[str, tuple[int, float]] = {}
+        self._is_closed = False
+        ladder.on_step = self.scheduler.costs_changed
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher not_admitted={len(self._leases)} {self.scheduler!r}>"
+
+    def _terms(self, model: Model) -> ModelTerms:
+        policy = model.settings
+        wait_s = self._settings.max_wait if policy.max_wait_s is None else policy.max_wait_s
+        return ModelTerms(model.alias, policy.priority, wait_s, policy.weight)
+
+    def _cost_s(self, source: str | None, target: str) -> float:
+        model = self._registry.model(target)
+        residency = model.residency
+        if residency is Residency.ACTIVE and source is not None:  # the cost of switching back
+            residency = self._ladder.residency_after_switch(model, self._registry.model(source))
+        unknown_s = up_cost_s(model, residency) + ACTIVATE_S
+        return self.costs.estimate(source, target, residency, unknown_s)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def enter(self, model: Model, terms: RequestTerms) -> Lease:
+        """Register a request that is validated now and gets its turn later.
+
+        Raises:
+            QueueFull: too many requests already wait or run.
+            SwitchNotAllowed: the request may not wait for this model.
+            SwitchFailed: the model could not be brought up a moment ago.
+        """
+        alias, now_s = model.alias, self._clock()
+        if refused := self._switch_refusal(alias, terms):
+            raise refused
+        self._refuse_while_it_fails(model, now_s)
+        if model.in_flight >= self._limits.in_flight:
+            raise QueueFull(
+                f"model {alias!r} already has {self._limits.in_flight} requests running or "
+                "waiting (limits.in_flight); retry later",
+                retry_after_s=self.retry_after_s(model),
+            )
+        if not self._is_served_now(model):
+            self._refuse_if_full(model)
+        lease = Lease(alias, self._server.epoch, asyncio.current_task())
+        lease.terms = terms
+        self._register(model, lease)
+        return lease
+
+    def _register(self, model: Model, lease: Lease) -> Ticket:
+        """Give the lease a ticket, as if its request arrived now; it asks for its turn later."""
+        lease.arrived_s = now_s = self._clock()
+        lease.ticket = ticket = self.scheduler.ticket(model.alias, now_s, lease.terms)
+        lease.wait_for_turn, lease.admitted_s = partial(self._wait_or_cancel, lease), None
+        self._leases[ticket] = (lease, None)
+        model.entered[lease] = None
+        return ticket
+
+    def suspend_idle(self, model: Model) -> None:
+        """Take idle WebSockets out of the drain; each waits for a new turn when it next asks."""
+        idle = [
+            lease
+            for lease in model.leases
+            if lease.is_connection and not lease.requests and not lease.is_parked
+        ]
+        for lease in idle:
+            self._leave(lease)
+            model.leases.pop(lease)
+            lease.settle()
+            self._register(model, lease)
+
+    def _switch_refusal(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
+        """Return why a request may not wait for the model, if waiting would cause a switch."""
+        coming = self._server.target or self._server.active or self._server.last_active
+        if terms.may_switch or alias == coming:
+            return None
+        now = f"{coming!r} is active, or about to be" if coming else "no model is active"
+        return SwitchNotAllowed(
+            f"this key may not trigger a switch to {alias!r} ({terms.rule}); {now}; use another "
+            f"model, or retry when {alias!r} is active"
+        )
+
+    def _is_served_now(self, model: Model) -> bool:
+        return model.alias == self._server.active and self._server.can_switch
+
+    def _refuse_if_full(self, model: Model) -> None:
+        if error := self._queue_full_refusal(model):
+            raise error
+
+    def _queue_full_refusal(self, model: Model) -> QueueFull | None:
+        if self.scheduler.waiting < self._settings.max_waiting:
+            return None
+        return QueueFull(
+            f"{self._settings.max_waiting} requests are already waiting (switching.max_waiting); "
+            "retry later",
+            retry_after_s=self.retry_after_s(model),
+        )
+
+    def retry_after_s(self, model: Model) -> int:
+        """Estimate the seconds until a request could be served: running requests, then a switch."""
+        active = self._server.active
+        if active == model.alias:
+            return 1
+        runs_s = self.scheduler.service_s(active) if active else 0.0
+        return max(1, math.ceil(runs_s + self._cost_s(active, model.alias)))
+
+    async def wait_for_turn(self, lease: Lease, tokens: int = 0) -> None:
+        """Wait until it is the request's turn, or the request has been cut or timed out."""
+        ticket = lease.ticket
+        assert ticket is not None
+        if lease.admitted_s is not None or lease.cut is not None:
+            return
+        if ticket not in self._leases:
+            return  # the request is over
+        _, future = self._leases[ticket]
+        # A WebSocket may have been open for long: its wait counts from now, not from its opening.
+        if future is None and lease.is_connection:
+            self._forget(ticket)
+            ticket = self._register(self._registry.model(lease.alias), lease)
+        if future is None:  # one request of a client may be several of the engine's
+            future = self._begin_to_wait(lease, ticket, tokens)
+        if future is not None:
+            timeout_s = lease.arrived_s + self._settings.wait_timeout - self._clock()
+            # `wait`, not `wait_for`: a timeout or a cancellation here must not cancel the future,
+            # for which the request's other engine requests may wait, too.
+            await asyncio.wait([future], timeout=max(0.0, timeout_s))
+            if not future.done():
+                self._time_out(lease)
+
+    async def _wait_or_cancel(self, lease: Lease, tokens: int) -> None:
+        await self.wait_for_turn(lease, tokens)
+        if lease.cut is not None:
+            raise asyncio.CancelledError(lease.cut.message)
+        if lease.admitted_s is None:  # a leftover task of a request that is over
+            raise asyncio.CancelledError
+
+    def _begin_to_wait(
+        self, lease: Lease, ticket: Ticket, tokens: int
+    ) -> asyncio.Future[None] | None:
+        """Queue the request; return None if it was admitted or refused at once."""
+        now_s = self._clock()
+        lease.prepared_s = now_s - lease.arrived_s
+        ticket.tokens = tokens
+        model = self._registry.model(lease.alias)
+        refused: Cut | None = self._switch_refusal(lease.alias, lease.terms)
+        if not self._is_served_now(model):
+            refused = refused or self._queue_full_refusal(model) or self._charge(lease)
+        if refused is not None:
+            drain.end([lease], refused)
+            return None
+        if self.scheduler.enter(ticket, now_s, is_open=self._is_served_now(model)):
+            self._admit([ticket])
+            return None
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leases[ticket] = (lease, future)
+        self._server.recheck_drain()  # this request may be due before the drain's deadline
+        self.advance()
+        if not future.done() and lease.on_wait is not None:
+            lease.on_wait()
+        return future
+
+    def _charge(self, lease: Lease) -> RateLimited | None:
+        """Charge a switch to the first request that waits for a model; return a refusal, if any."""
+        alias, charge = lease.alias, lease.terms.charge
+        is_coming = alias in (self._server.active, self._server.target)
+        is_waited_for = self.scheduler.waiting_for(alias) or self._registry.model(alias).parked
+        if charge is None or is_coming or is_waited_for:
+            return None
+        try:
+            charge()
+        except RateLimited as error:
+            return error
+        return None
+
+    def _time_out(self, lease: Lease) -> None:
+        timeout = WaitTimeout(
+            f"the request waited {self._settings.wait_timeout:g} s for model {lease.alias!r} "
+            "(switching.wait_timeout); retry later"
+        )
+        self._end([lease], timeout)
+
+    def left(self, lease: Lease) -> None:
+        """Forget a request that is over, whether or not it has had its turn."""
+        assert lease.ticket is not None
+        _settle(self._forget(lease.ticket))
+        self._leave(lease)
+        self.advance()
+
+    def _leave(self, lease: Lease) -> None:
+        """Tell the scheduler that a request has ended."""
+        assert lease.ticket is not None
+        # A WebSocket may be open for long and ask for little: its duration says nothing of service.
+        self.scheduler.leave(lease.ticket, self._clock(), counts=not lease.is_connection)
+
+    def _forget(self, ticket: Ticket) -> asyncio.Future[None] | None:
+        """Remove a ticket from those that wait; return the future on which its request waits."""
+        if (entry := self._leases.pop(ticket, None)) is None:
+            return None
+        lease, future = entry
+        self._registry.model(ticket.alias).entered.pop(lease)
+        return future
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no request waits, is parked, or is being validated by a frontend."""
+        return not self._leases and self.scheduler.is_empty
+
+    def _end(self, leases: Iterable[Lease], cause: Cut) -> None:
+        leases = list(leases)
+        drain.end(leases, cause)
+        for lease in leases:
+            if lease.ticket is not None:
+                self._leave(lease)
+                _settle(self._forget(lease.ticket))
+
+    def _admit(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket in self._leases:  # parked requests have had their turn before
+                lease, _ = self._leases[ticket]
+                # Granted before its task runs: the next drain must find the lease.
+                self._server.grant(self._registry.model(ticket.alias), lease)
+                _settle(self._forget(ticket))
+
+    # --- switches -----------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Decide what to do now, and do it. Called after every change; never awaits."""
+        if self._server.active is None and self.scheduler.active is not None:
+            self.scheduler.deactivate()
+        if self._is_closed or not self._server.can_switch:
+            return
+        self._cancel_timer()
+        if not self.scheduler.is_empty:
+            self._execute(self._decide())
+
+    def _decide(self) -> Decision:
+        try:
+            admitted, decision = self.scheduler.advance(self._clock())
+        except Exception as error:  # noqa: BLE001  # a policy may be third-party code
+            self._replace_policy(error)
+            admitted, decision = self.scheduler.advance(self._clock())
+        self._admit(admitted)
+        return decision
+
+    def _replace_policy(self, error: Exception) -> None:
+        log.error(
+            "event=policy_failed policy=%s cause=%r then='falling back to batch'",
+            self._settings.policy,
+            one_line(error),
+        )
+        self.scheduler.policy = batch(self._policy_settings)
+
+    def _execute(self, decision: Decision) -> None:
+        match decision:
+            case SwitchTo():
+                target = self._registry.model(decision.alias)
+                until_s = partial(
+                    self.scheduler.drain_until_s,
+                    decision,
+                    self._clock(),
+                    self._settings.drain_timeout,
+                )
+                if (first := self._model_to_serve_first(target)) is None:
+                    self._server.begin_switch(target, until_s)
+                elif (fails_until_s := self._fails_until_s(first)) > self._clock():
+                    self._back_off(target.alias, fails_until_s)
+                    self.advance()
+                else:
+                    # Do not park requests for it: the parked models could take turns forever.
+                    self._server.begin_switch(first, until_s, may_park=False)
+            case WaitUntil(time_s=time_s) if time_s < math.inf:
+                delay_s = max(LEAST_DELAY_S, time_s - self._clock())
+                self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
+
+    def _model_to_serve_first(self, target: Model) -> Model | None:
+        """Return the model to serve first, if `target` needs the memory of its parked requests."""
+        passed_by = (target.alias, self._server.active)
+        busy = [m for m in self._registry if m.parked and m.alias not in passed_by]
+        if not busy or self._ladder.can_keep_parked(target, drained=self._server.active):
+            return None
+        return busy[0]
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def parked(self, model: Model) -> None:
+        """Queue again the model's requests that have been frozen with its engine."""
+        tickets = [lease.ticket for lease in model.parked if lease.ticket is not None]
+        frozen = [ticket for ticket in tickets if not ticket.is_parked]
+        # They are due in good time before they would be aborted.
+        at_most_s = self._settings.parked_timeout / 2
+        self.scheduler.park(reversed(frozen), self._clock(), at_most_s)
+
+    def held_until(self, until_s: float | None) -> None:
+        """Note until when a job holds the active model: perhaps for ever, or not at all (None)."""
+        self.scheduler.leased_until_s = until_s
+        self.advance()
+
+    def activated(self, alias: str) -> None:
+        """Admit requests of a model that is now active and verified."""
+        if self._is_closed:
+            return
+        self._failures.pop(alias, None)
+        self._refuse_unpermitted_switches()
+        now_s = self._clock()
+        try:
+            admitted = self.scheduler.activate(alias, now_s)
+        except Exception as error:  # noqa: BLE001  # a policy may be third-party code
+            self._replace_policy(error)
+            admitted = self.scheduler.activate(alias, now_s)
+        self._admit(admitted)
+        self.advance()
+
+    def _refuse_unpermitted_switches(self) -> None:
+        """Refuse waiting requests that may not cause a switch back to their model."""
+        for lease, future in list(self._leases.values()):
+            if future is not None and (why := self._switch_refusal(lease.alias, lease.terms)):
+                self._end([lease], why)
+
+    def switched(self, switch: Switch, cost_s: float) -> None:
+        """Record the cost of a switch that succeeded: `cost_s`, without draining."""
+        source = switch.source.alias if switch.source else None
+        if switch.residency is not None and not switch.is_awaited:
+            self.costs.add(source, switch.target.alias, switch.residency, cost_s)
+
+    def failed(self, switch: Switch, error: SwitchFailed | EngineUnavailable) -> None:
+        """Fail the requests that wait for a model that could not be brought up, and back off.
+
+        If the host has died, they keep waiting for the next host, unless it died while it brought
+        up this model.
+        """
+        is_its_fault = switch.moves and switch.phase in BRINGING_UP
+        if not (isinstance(error, SwitchFailed) or is_its_fault):
+            return
+        alias = switch.target.alias
+        count = min(self._failures.get(alias, (0, 0.0))[0] + 1, MAX_DOUBLINGS)
+        pause_s = min(MAX_BACKOFF_S, 2.0**count)
+        until_s = self._clock() + pause_s
+        self._failures[alias] = (count, until_s)
+        # Parked requests wait for the next attempt: a client could not start them again.
+        self._back_off(alias, until_s)
+        waiting = [lease for lease, future in self._leases.values() if lease.alias == alias]
+        self._end(waiting, error)
+
+    def _back_off(self, alias: str, until_s: float) -> None:
+        self.scheduler.pause(alias, until_s)
+        asyncio.get_running_loop().call_later(until_s - self._clock(), self.advance)
+
+    def _fails_until_s(self, model: Model) -> float:
+        """Return until when a model that could not be brought up is not tried again."""
+        return self._failures.get(model.alias, (0, 0.0))[1]
+
+    def _refuse_while_it_fails(self, model: Model, now_s: float) -> None:
+        count, until_s = self._failures.get(model.alias, (0, 0.0))
+        if now_s < until_s and model.alias != self._server.active:
+            raise SwitchFailed(
+                model.alias,
+                "bring_up",
+                EngineUnavailable(f"it has failed {count} times in a row"),
+                self._server.active,
+                retry_after_s=math.ceil(until_s - now_s),
+            )
+
+    def close(self, cause: Cut) -> None:
+        """Make no further decisions, and abort requests that have not had their turn."""
+        self._is_closed = True
+        self._cancel_timer()
+        self._end([lease for lease, _ in self._leases.values()], cause)
+
+
+def _settle(future: asyncio.Future[None] | None) -> None:
+    if future is not None and not future.done():
+        future.set_result(None)
