@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.depth import examples
-from tests.support import Server
-from tests.virtual import VirtualLoop
+from tests.helpers.depth import examples
+from tests.helpers.support import Server
+from tests.helpers.virtual import VirtualLoop
 from vllm_hotswap.system import forgotten
 
 settings.register_profile("fast", deadline=None, max_examples=examples(25))

@@ -72,7 +72,7 @@ def part(name: str, tests: str, device_mib: int, limit_s: int, is_dirty: bool = 
 PARTS = (
     part(
         "memory of models under torch's allocator",
-        "tests/test_cuda_torch.py",
+        "tests/host/test_cuda_torch.py",
         2048,
         600,
         is_dirty=True,

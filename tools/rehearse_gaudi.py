@@ -82,7 +82,7 @@ FLAGS = ("-p", "no:vllm_gaudi_compat", "-W", "ignore")
 """For pytest: the plugin's own does not belong to these tests, and it warns a lot."""
 
 PARTS = (
-    Part("the device", "tests/test_gaudi_device.py", 300),
+    Part("the device", "tests/host/test_gaudi_device.py", 300),
     Part("servers, every residency", "tests/integration/test_gaudi_server.py", 2700),
     Part("starts that cannot work", "tests/integration/test_gaudi_refusals.py", 600),
     Part("quantised and other models", "tests/integration/test_gaudi_quantisation.py", 600),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.cores import on_cores, share_of_cores
+from tests.helpers.cores import on_cores, share_of_cores
 from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.models.engine import EngineHost

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.contract.test_engines import answer_to, complete
-from tests.faults import wait_until
+from tests.helpers.faults import wait_until
 from vllm_hotswap.models.engine import EngineHost
 from vllm_hotswap.telemetry.metrics import exposition
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.adapters import write_adapter
+from tests.helpers.adapters import write_adapter
 from vllm_hotswap.demo.quickstart import WEATHER_TOOL
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
 from vllm_hotswap.models.engine import Engine, EngineHost

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
 
 WRONG = ("Traceback", "Exception ignored", "hit config.recompile_limit")
 """What no log of a server has."""

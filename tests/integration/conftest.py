@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cores import ALL_CORES, on_cores, share_of_cores
+from tests.helpers.cores import ALL_CORES, on_cores, share_of_cores
+from tests.helpers.ports import free_port
 from tests.integration.processes import (
     QUICKSTART_MODULE,
     ServerProcess,
     plain_server,
     still_there,
 )
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS, write
 
 MODEL_FLAGS = {"llama": 2048, "qwen": 2048, "embed": 512}

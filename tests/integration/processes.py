@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 from vllm_hotswap.host.vllm_versions import cache_root
 
 START_TIMEOUT_S = 240.0

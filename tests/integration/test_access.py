@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.integration.processes import ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.launch.vllm_config import serve_parser
 

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import write
 
 MAX_WAIT_S, DRAIN_S = 1.0, 0.1

@@ -13,8 +13,8 @@ from anthropic import Anthropic
 from openai import BadRequestError, NotFoundError, OpenAI
 from pydantic import BaseModel
 
+from tests.helpers.ports import free_port
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import QUESTION, WEATHER_TOOL, write
 
 MODELS = """\

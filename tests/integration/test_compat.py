@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from tests.test_architecture import imports, modules
+from tests.repository.test_architecture import imports, modules
 from tools.vllm_seams.__main__ import main as check_vllm
 from vllm_hotswap.api.vllm_routes import VLLM_USER_ROUTES
 from vllm_hotswap.demo.quickstart import MODELS

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import write_adapter
 from tests.cuda_standin.board import Board
+from tests.helpers.adapters import write_adapter
+from tests.helpers.ports import free_port
+from tests.helpers.rehearsal_results import record
 from tests.integration.processes import ServerProcess
-from tests.ports import free_port
-from tests.rehearsal_results import record
 from tests.zoo.make import make
 from vllm_hotswap.demo.quickstart import MODELS
 

@@ -1,7 +1,7 @@
 """A server over the stand-in for a CUDA device, whose driver fails: `make rehearse-cuda`.
 
 Each call of the driver that `host.cuda_driver` makes fails once in each move of a model: the first
-of its name, the one in the middle, and the last. `tests/test_cuda_memory.py` lets every one fail.
+of its name, the one in the middle, and the last. `tests/host/test_cuda_memory.py` lets every one fail.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import httpx
 import pytest
 
 from tests.cuda_standin.board import OUT_OF_MEMORY, UNKNOWN, Board
-from tests.faults import wait_until
+from tests.helpers.faults import wait_until
+from tests.helpers.ports import free_port
+from tests.helpers.rehearsal_results import record
 from tests.integration.processes import ROOT, ServerProcess
-from tests.ports import free_port
-from tests.rehearsal_results import record
 from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.cuda_standin.board import Board
-from tests.faults import wait_until
+from tests.helpers.faults import wait_until
+from tests.helpers.ports import free_port
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.demo.test_demo import printed, shell
+from tests.helpers.ports import free_port
 from tests.integration.processes import ServerProcess
-from tests.ports import free_port
-from tests.test_demo import printed, shell
 from vllm_hotswap.demo.quickstart import closing, online_flow
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from benchmarks import medium
+from tests.helpers.ports import free_port
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.integration.watching import MemoryWatch
-from tests.ports import free_port
 from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.engines.base_memory import STEP_BYTES, expected_memory

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 
 ONE_MODEL = f"""\

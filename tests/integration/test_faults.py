@@ -1,6 +1,6 @@
 """Faults of the engine host, of files and of clients, on the real vLLM: one server for all.
 
-`docs/reliability.md` has the whole matrix; what needs no real engine is in `tests/test_faults.py`.
+`docs/reliability.md` has the whole matrix; what needs no real engine is in `tests/switching/test_faults.py`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import httpx
 import psutil
 import pytest
 
-from tests.faults import Faults, RawClient, wait_until
+from tests.helpers.faults import Faults, RawClient, wait_until
+from tests.helpers.ports import free_port
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, still_there
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 
 HANG_S = 6

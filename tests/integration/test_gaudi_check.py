@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.gaudi_standin.common import needs_plugin
+from tests.helpers.rehearsal_results import record
 from tests.integration.processes import ROOT
-from tests.rehearsal_results import record
 
 CYCLES = 6
 LIMIT_S, END_LIMIT_S = 720, 120

@@ -24,8 +24,8 @@ from tests.gaudi_standin.server import (
     serving,
     switch,
 )
+from tests.helpers.rehearsal_results import record
 from tests.integration.processes import ServerProcess
-from tests.rehearsal_results import record
 from tests.zoo.make import make
 from vllm_hotswap.demo.quickstart import MODELS
 

@@ -15,8 +15,8 @@ import pytest
 from tests.gaudi_standin.board import held_bytes
 from tests.gaudi_standin.common import needs_plugin
 from tests.gaudi_standin.server import ask, check_same, post, serving, switch
+from tests.helpers.rehearsal_results import record
 from tests.integration.processes import ServerProcess
-from tests.rehearsal_results import record
 from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [

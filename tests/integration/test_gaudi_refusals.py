@@ -16,8 +16,8 @@ import pytest
 
 from tests.gaudi_standin.build import SITE as STANDIN
 from tests.gaudi_standin.common import held_by_another, needs_plugin
+from tests.helpers.ports import free_port
 from tests.integration.processes import QUICKSTART_MODULE, ROOT
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [

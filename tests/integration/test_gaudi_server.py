@@ -30,8 +30,8 @@ from tests.gaudi_standin.server import (
     switch,
 )
 from tests.gaudi_standin.witness import Step, Witness
+from tests.helpers.rehearsal_results import record
 from tests.integration.processes import ServerProcess
-from tests.rehearsal_results import record
 from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = [

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.integration.architectures import ARCHITECTURES, make
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess, cache_of_its_own
-from tests.ports import free_port
 from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.engines.base_memory import expected_memory
 from vllm_hotswap.host.devices import CpuDevice

@@ -15,7 +15,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from tests.faults import wait_until
+from tests.helpers.faults import wait_until
 from tests.integration.hosted import request_of
 from tests.integration.processes import ServerProcess
 from vllm_hotswap.demo.quickstart import MODELS

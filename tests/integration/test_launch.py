@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from starlette.applications import Starlette
 
-from tests.serving import flags
+from tests.helpers.serving import flags
 from vllm_hotswap.config.permissions import code_keys
 from vllm_hotswap.config.reader import ModelConfig, load_config
 from vllm_hotswap.connections.listen import Listener

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from tests.adapters import write_adapter, write_adapter_for
+from tests.helpers.adapters import write_adapter, write_adapter_for
+from tests.helpers.ports import free_port
 from tests.integration.conftest import events
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
 from tests.integration.test_launch import launch
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.errors import ConfigError
 

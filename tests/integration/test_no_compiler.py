@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.ports import free_port
 from tests.integration.processes import ServerProcess, without_compilers
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 
 pytestmark = pytest.mark.wide

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from benchmarks import medium
+from tests.helpers.ports import free_port
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.engines.base_memory import expected_memory
 from vllm_hotswap.host.devices import CpuDevice

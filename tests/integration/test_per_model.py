@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.cores import ALL_CORES
+from tests.helpers.cores import ALL_CORES
+from tests.helpers.ports import free_port
 from tests.integration.processes import QUICKSTART_MODULE, ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS, WEATHER_TOOL
 
 pytestmark = pytest.mark.all_cores

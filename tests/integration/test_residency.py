@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from benchmarks import medium
+from tests.helpers.ports import free_port
 from tests.integration.conftest import events
 from tests.integration.processes import (
     QUICKSTART_MODULE,
@@ -24,7 +25,6 @@ from tests.integration.processes import (
     still_there,
 )
 from tests.integration.watching import MemoryWatch
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.host.devices import anonymous_bytes
 

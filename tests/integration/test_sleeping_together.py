@@ -1,6 +1,6 @@
 """An engine whose workers are several processes: all of them sleep and wake, or none.
 
-Here the engine runs with an executor that has no workers. `tests/test_cuda_worker.py` checks what
+Here the engine runs with an executor that has no workers. `tests/host/test_cuda_worker.py` checks what
 workers do.
 """
 

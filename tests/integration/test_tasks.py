@@ -16,9 +16,9 @@ import torch
 import websockets.sync.client
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.ports import free_port
 from tests.integration.conftest import events
 from tests.integration.processes import ServerProcess
-from tests.ports import free_port
 from vllm_hotswap.api.vllm_routes import VLLM_USER_ROUTES
 from vllm_hotswap.demo.quickstart import CONFIGURATION, MODELS
 

@@ -13,7 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.faults import wait_until
+from tests.helpers.faults import wait_until
+from tests.helpers.ports import free_port
 from tests.integration.conftest import events
 from tests.integration.processes import (
     QUICKSTART_MODULE,
@@ -21,7 +22,6 @@ from tests.integration.processes import (
     still_there,
     without_compilers,
 )
-from tests.ports import free_port
 from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.host.devices import anonymous_bytes
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.helpers.ports import free_port
 from tests.integration.processes import FROM_HERE, ServerProcess
-from tests.ports import free_port
 from tests.zoo.models import MIB, PROMPTS, TOKENS, ZOO, Model
 from tests.zoo.questions import PAIR, PICTURE
 from vllm_hotswap.demo.quickstart import MODELS

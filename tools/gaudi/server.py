@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.ports import free_port
+from tests.helpers.ports import free_port
 from tools.gaudi.answers import PROMPTS, RANKS, TOKENS, Answer, from_completion
 from tools.gaudi.inside.check_gaudi_memory import VARIABLE
 from tools.gaudi.judge import Cycle, Device, Processes, Seen, Way
