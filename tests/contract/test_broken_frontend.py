@@ -9,6 +9,7 @@ import pytest
 
 from tests.contract.test_engines import answer_to, complete
 from tests.helpers.faults import wait_until
+from vllm_hotswap.engines.vllm_metrics import VLLM_REGISTRIES
 from vllm_hotswap.models.engine import EngineHost
 from vllm_hotswap.telemetry.metrics import exposition
 
@@ -50,4 +51,4 @@ async def test_an_error_in_an_output_costs_one_load(host: EngineHost) -> None:
 
     assert expected["choices"] == (await complete(llama, 3))["choices"]
     assert before is not llama.app
-    assert 1 == exposition([]).decode().count("# TYPE http_requests_total")
+    assert 1 == exposition(VLLM_REGISTRIES).decode().count("# TYPE http_requests_total")

@@ -11,7 +11,11 @@ import pytest
 from prometheus_client import REGISTRY, Counter
 
 from vllm_hotswap.engines.frontend import watch_outputs
-from vllm_hotswap.engines.vllm_metrics import adopting_frontend_metrics, forget_frontend_metrics
+from vllm_hotswap.engines.vllm_metrics import (
+    VLLM_REGISTRIES,
+    adopting_frontend_metrics,
+    forget_frontend_metrics,
+)
 from vllm_hotswap.telemetry.metrics import exposition
 
 
@@ -74,7 +78,7 @@ def made_once(alias: str, requests: int) -> None:
 
 
 def shown() -> list[str]:
-    lines = exposition([]).decode().splitlines()
+    lines = exposition(VLLM_REGISTRIES).decode().splitlines()
     return [line for line in lines if line.startswith("http_broken_frontend_total{")]
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -57,8 +58,14 @@ class HotswapApp:
         cross_site: CrossSite | None = None,
         is_local: Callable[[], bool] = lambda: True,
         isolation: IsolationConfig | None = None,
+        engine_metrics: Sequence[CollectorRegistry] = (),
     ) -> None:
-        """`is_local`: whether only programs on this machine can reach the server."""
+        """Build all parts.
+
+        Args:
+            is_local: whether only programs on this machine can reach the server.
+            engine_metrics: what `/metrics` shows besides the server's own metrics.
+        """
         self.host = host
         self._cross_site = cross_site or CrossSite()
         self.recovery = recovery or RecoveryConfig()
@@ -97,7 +104,7 @@ class HotswapApp:
             self.coordinator, access, self._rates, self.limits, isolation.prefix_cache
         )
         self.own_bodies = Bodies(self.limits, are_own=True)
-        admin = Admin(self.coordinator, host, self.metrics.registry)
+        admin = Admin(self.coordinator, host, [self.metrics.registry, *engine_metrics])
         moves = Operations(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
         self.feed = EventFeed(admin.snapshot)

@@ -22,7 +22,6 @@ from vllm_hotswap import __version__
 from vllm_hotswap.cli import remote
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.hints import did_you_mean
-from vllm_hotswap.host import is_installed, require_vllm
 from vllm_hotswap.system import terminal
 
 if TYPE_CHECKING:
@@ -448,6 +447,8 @@ def _check(args: argparse.Namespace, flags: Sequence[str]) -> int:
 
     with _nearest_flags(args, flags):
         read = read_config(args.config, *given(args))
+        from vllm_hotswap.host import require_vllm
+
         require_vllm()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # the table is the output
         from vllm_hotswap.system import shut_out_others_without_cache
@@ -483,6 +484,8 @@ def _schema(*_: object) -> int:
 
 def described_flags() -> Mapping[str, argparse.Action] | None:
     """Return the installed vLLM's flags that may be keys of a model; None without a vLLM."""
+    from vllm_hotswap.host import is_installed
+
     if not is_installed():
         return None
     from vllm_hotswap.launch import describing_parser

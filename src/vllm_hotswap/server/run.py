@@ -37,7 +37,7 @@ from vllm_hotswap.connections import (
     Refresher,
     check_address,
 )
-from vllm_hotswap.engines import HostLink
+from vllm_hotswap.engines import VLLM_REGISTRIES, HostLink
 from vllm_hotswap.errors import EngineUnavailable, one_line
 from vllm_hotswap.host import SLEEP_VARIABLE, require_vllm
 from vllm_hotswap.models import CUT_GRACE_S, EngineHost, ModelSettings
@@ -283,6 +283,7 @@ def _run(
             isolation=config.isolation,
             cross_site=cross_site_of(access, listener, listen),
             is_local=lambda: listener.is_loopback or bool(listener.args.uds),
+            engine_metrics=VLLM_REGISTRIES,
         )
         default = config.default_model
         serving = serve(app, listener, load, default, progress, models_file, early, audit_log)

@@ -14,7 +14,6 @@ from functools import partial
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 
-from vllm_hotswap.engines import VLLM_REGISTRIES
 from vllm_hotswap.events import (
     ClientEvicted,
     EngineDied,
@@ -38,8 +37,8 @@ _SWITCH_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 1
 
 
 def exposition(registries: Iterable[CollectorRegistry]) -> bytes:
-    """Return all in Prometheus' text format: `registries`, vLLM's metrics, the process's."""
-    parts = (*registries, *VLLM_REGISTRIES, REGISTRY)
+    """Return all in Prometheus' text format: `registries`, and the process's own."""
+    parts = (*registries, REGISTRY)
     return b"".join(generate_latest(registry) for registry in parts)
 
 

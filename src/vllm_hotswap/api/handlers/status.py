@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,11 @@ class Admin:
     """Handlers of the server's own routes. They read the coordinator and call it to act."""
 
     def __init__(
-        self, coordinator: Coordinator, host: EngineHost, registry: CollectorRegistry
+        self, coordinator: Coordinator, host: EngineHost, registries: Sequence[CollectorRegistry]
     ) -> None:
         self._coordinator = coordinator
         self._host = host
-        self._registry = registry
+        self._registries = registries
 
     async def models(self, request: Request) -> Response:
         return JSONResponse(model_list(self._coordinator))
@@ -135,7 +135,7 @@ class Admin:
         return JSONResponse(body)
 
     async def metrics(self, request: Request) -> Response:
-        body = metrics.exposition([self._registry])
+        body = metrics.exposition(self._registries)
         return Response(body, headers={"content-type": metrics.CONTENT_TYPE})
 
 
