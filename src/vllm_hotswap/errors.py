@@ -58,7 +58,7 @@
     ├── NotReady                 503  nothing can be served now; the reason is named
     └── EngineUnavailable        503  the engine or its host died
 
-Domain code raises these; `openai.error_response` turns them into HTTP in one place.
+Domain code raises these; `api.errors.error_response` turns them into HTTP in one place.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Make, use and destroy gloo groups as workers do, and print the results as JSON.
 
-`python -m tests.helpers.groups_program [stranger]`: with that word, another user connects at the same time.
+`python -m tests.helpers.groups_program [stranger]`: with that word, another user connects at the
+same time.
 """
 
 from __future__ import annotations

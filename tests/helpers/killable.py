@@ -1,4 +1,4 @@
-"""`python -m tests.helpers.killable PORT [SETTINGS]`: a whole server whose engine host can be killed.
+"""`python -m tests.helpers.killable PORT [SETTINGS]`: a server whose engine host can be killed.
 
 Everything except vLLM is real: uvicorn, the coordinator, the link, the host process. SETTINGS is
 JSON: `switching`, `limits` and `recovery` as in the YAML file; `shutdown_timeout`, `token_s`,

@@ -1,7 +1,8 @@
 """A server over the stand-in for a CUDA device, whose driver fails: `make rehearse-cuda`.
 
 Each call of the driver that `host.cuda_driver` makes fails once in each move of a model: the first
-of its name, the one in the middle, and the last. `tests/host/test_cuda_memory.py` lets every one fail.
+of its name, the one in the middle, and the last. `tests/host/test_cuda_memory.py` lets every one
+fail.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """An engine whose workers are several processes: all of them sleep and wake, or none.
 
-Here the engine runs with an executor that has no workers. `tests/host/test_cuda_worker.py` checks what
-workers do.
+Here the engine runs with an executor that has no workers. `tests/host/test_cuda_worker.py` checks
+what workers do.
 """
 
 from __future__ import annotations

@@ -1,288 +1,165 @@
-"""The layers of the package: imports go downward, and few modules import vLLM."""
+"""The folders of the package, and what each of them may import. docs/design.md draws this table."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[2] / "src" / "vllm_hotswap"
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "vllm_hotswap"
 
-LAYERS = [
-    {
-        "addresses",
-        "errors",
-        "event_loop",
-        "engine_share",
-        "fair_pool",
-        "file_limit",
-        "forgotten",
-        "garbage",
-        "claims",
-        "helper_process",
-        "hints",
-        "log_lines",
-        "plain_grammars",
-        "quiet",
-        "deadlines",
-        "start_folder",
-        "signals",
-        "terminal",
-        "steps",
-        "turns",
-    },
-    {
-        "code_settings",
-        "host.gaudi",
-        "helpers",
-        "json_scan",
-        "media",
-        "plain_words",
-        "surrogates",
-        "trusted_files",
-    },
-    {
-        "states",
-        "answers",
-        "caches",
-        "canary",
-        "disclosure",
-        "platforms",
-        "devices",
-        "failpoints",
-        "nvml",
-        "host.cuda_driver",
-        "host.cuda_memory",
-        "checkpoint",
-        "cross_site",
-        "first_head",
-        "forwarded",
-        "places",
-        "refusals",
-        "models_file",
-        "unix_socket",
-        "adapters",
-        "keys",
-        "model_field",
-        "model_routes",
-        "references",
-        "prediction",
-        "sampling",
-        "security",
-        "paths",
-        "variables",
-        "written",
-        "host.vllm_names",
-        "host.strays",
-        "engines.sendable",
-        "host.vllm_versions",
-    },
-    {
-        "port_file",
-        "planner",
-        "environment",
-        "host.hashing",
-        "host.vllm_state",
-        "host.uncompiled",
-        "policy",
-        "costs",
-        "host.messages",
-        "host.arena",
-        "host.cuda_pools",
-        "host.heap",
-        "host.sealing",
-        "host.teardown",
-        "host.together",
-    },
-    {"host.randomness", "host.gloo"},
-    {
-        "host.cuda_hosting",
-        "host.gaudi_worker",
-        "host.weights",
-        "host.canaries",
-        "host.compiled",
-        "host.lora",
-        "host.state",
-    },
-    {"events", "budget", "models.engine", "testing.fake_responses"},
-    {"settings"},
-    {
-        "asked",
-        "limits",
-        "policies",
-        "scheduler",
-        "rights",
-        "config",
-        "hub",
-        "registry",
-        "access",
-        "job_leases",
-        "openai",
-        "host.loop",
-        "host.progress",
-        "host.threads",
-    },
-    {"trace", "rates", "pace"},
-    {"simulate.service", "simulate.costs", "simulate.generate"},
-    {"simulate.run", "simulate.fit"},
-    {"simulate.report"},
-    {"simulate.command", "record"},
-    {
-        "arrivals",
-        "connections",
-        "drain",
-        "ladder",
-        "switch",
-        "dispatch",
-        "metrics",
-        "jobs",
-        "recovery",
-        "progress",
-        "listen",
-        "feed",
-        "prewake",
-        "routes",
-    },
-    {
-        "audit",
-        "dispatch",
-        "foresight",
-        "description",
-        "host.grammars",
-        "host.grammar_rehearsals",
-        "host.process",
-        "testing.fake_frontend",
-        "testing.fake_process_host",
-    },
-    {
-        "coordinator",
-        "host.base_cpu_worker",
-        "host.kv_cache",
-        "launch.packing",
-        "launch.needs",
-        "host.loading",
-        "host.engine",
-        "host.executor",
-        "host.cpu_worker",
-        "host.cuda_worker",
-    },
-    {
-        "launch.vllm_adapters",
-        "engines.vllm_canary",
-        "launch.vllm_config",
-        "engines.frontend",
-        "launch.inspection",
-        "engines.kept_responses",
-        "engines.spread",
-        "engines.stamps",
-        "launch.tasks",
-        "launch.rehearsal",
-        "exchange",
-        "responses",
-    },
-    {"lora_modules", "engines.preview", "engines.adapters"},
-    {
-        "routing",
-        "operations",
-        "host.obey",
-        "flags",
-        "launch",
-        "engines.link",
-        "testing.fake_engine",
-    },
-    {"engines.base_memory"},
-    {
-        "admin",
-        "adapter_routes",
-        "job_routes",
-        "check",
-        "misspelt",
-        "schema",
-        "engines.vllm_engine",
-        "testing.fake_process",
-        "host.__main__",
-        "testing.fake_process_main",
-    },
-    {"own_routes"},
-    {"app"},
-    {"server"},
-    {"testing.fake_models"},
-    {"demo", "remote", "testing.fake_server"},
-    {"cli"},
-    {"entrypoints.openai.multi_model_api_server", "__main__"},
-]
-"""Modules by height: each may import modules below it, and its own layer."""
-
-VLLM_DOORS = {
-    "launch.vllm_adapters",
-    "engines.vllm_canary",
-    "launch.vllm_config",
-    "host.base_cpu_worker",
-    "engines.frontend",
-    "host.kv_cache",
-    "launch.inspection",
-    "host.loading",
-    "launch.packing",
-    "host.grammar_rehearsals",
-    "engines.sendable",
-    "launch.rehearsal",
-    "host.vllm_versions",
-    "devices",
-    "metrics",
-    "host.compiled",
-    "host.cpu_worker",
-    "host.cuda_worker",
-    "host.engine",
-    "host.executor",
-    "host.lora",
-    "host.state",
-    "host.weights",
-    "host.uncompiled",
+FOLDERS = {
+    "hints": "",
+    "errors": "hints",
+    "states": "errors",
+    "events": "states",
+    "start_folder": "",
+    "system": "errors",
+    "failpoints": "errors system",
+    "tasks": "system",
+    "text": "tasks",
+    "scheduling": "errors states",
+    "models": "errors states events system scheduling",
+    "access": "errors system scheduling",
+    "config": "hints errors states system access",
+    "simulation": "errors states events scheduling config",
+    "residency": "errors states events system models config",
+    "switching": "errors states events system failpoints tasks scheduling models config residency",
+    "telemetry": "events system",
+    "host": "errors states system failpoints tasks models",
+    "launch": "hints errors system tasks models config host",
+    "engines": "errors states system failpoints tasks text models config host launch",
+    "api": (
+        "errors states events system tasks text scheduling models access config residency "
+        "switching telemetry"
+    ),
+    "connections": "errors system tasks config api",
+    "server": (
+        "errors system failpoints tasks models access config simulation telemetry host "
+        "launch engines api connections"
+    ),
+    "testing": "errors states failpoints models config host launch engines connections server",
+    "demo": "hints errors system config telemetry launch server testing",
+    "cli": (
+        "hints errors states system tasks access config simulation telemetry host launch "
+        "engines connections server testing demo"
+    ),
+    "entrypoints": "start_folder config cli",
+    "__main__": "start_folder cli",
 }
+"""Each folder, or module beside the folders, with what it may import. It lies above all of that."""
+
+ON_VLLM = {"engines", "host", "launch"}
+"""The folders that may import vLLM."""
+
+FOR_PLUGINS = {
+    "scheduling": {
+        "ActiveView",
+        "Policy",
+        "PolicyFactory",
+        "QueueView",
+        "ServeOn",
+        "Snapshot",
+    }
+}
+"""What a door offers to other packages: those that bring a policy."""
 
 
-def modules() -> Iterator[tuple[str, Path]]:
-    for path in sorted(SOURCE.rglob("*.py")):
-        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
-        if not name.endswith("__init__"):
-            yield name, path
+def files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Absolute names that a module imports, anywhere in it."""
+def folder_of(path: Path) -> str:
+    """Return the folder of a file, or its module if it lies beside the folders."""
+    first = path.relative_to(SOURCE).parts[0]
+    return first.removesuffix(".py")
+
+
+@cache
+def imported(path: Path) -> list[str]:
+    """Return everything that a file imports, anywhere in it, as dotted names."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
 
 
-def height(module: str) -> int:
-    """Return the layer of a module, or of the package that contains it."""
-    for number, layer in enumerate(LAYERS):
-        if module in layer:
-            return number
-    raise AssertionError(f"{module} is in no layer; add it to LAYERS")
+def imported_from_us(path: Path) -> Iterator[list[str]]:
+    """Yield what a file imports of this package: folder or module first, then what is in it."""
+    for name in imported(path):
+        package, *rest = name.split(".")
+        if package == "vllm_hotswap" and rest[0] in FOLDERS and rest[0] != folder_of(path):
+            yield rest
 
 
-@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: str(value)[-30:])
-def test_imports_go_downward(module: str, path: Path) -> None:
-    """No module imports a module of a higher layer."""
-    known = {name for name, _ in modules()}
-    imported = {name.removeprefix("vllm_hotswap.") for name in imports(path)} & known
+def door(folder: str) -> set[str]:
+    """Return the names that a folder offers to others: `__all__` of its `__init__.py`."""
+    for node in ast.parse((SOURCE / folder / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
 
-    assert [] == sorted(name for name in imported if height(name) > height(module))
+
+def test_every_folder_is_in_the_table() -> None:
+    """The table has each folder and each module beside the folders, and nothing else."""
+    assert set(FOLDERS) | {"__init__"} == {folder_of(path) for path in files()}
 
 
-def test_few_modules_import_vllm() -> None:
-    """Only a few modules, which are listed here, import vLLM."""
-    doors = {
-        module
-        for module, path in modules()
-        if any(name == "vllm" or name.startswith("vllm.") for name in imports(path))
+def test_folders_import_what_the_table_says() -> None:
+    """Between folders there are these imports, no others, and none of them is unused."""
+    found = defaultdict(set)
+    for path in files():
+        found[folder_of(path)] |= {name for name, *_ in imported_from_us(path)}
+
+    assert {name: set(allowed.split()) for name, allowed in FOLDERS.items()} == {
+        name: found[name] for name in FOLDERS
     }
 
-    assert VLLM_DOORS == doors
+
+def test_imports_go_down() -> None:
+    """A folder imports only what stands above it in the table, so there are no circles."""
+    seen: set[str] = set()
+    for name, allowed in FOLDERS.items():
+        assert set(allowed.split()) <= seen, name
+        seen.add(name)
+
+
+@pytest.mark.parametrize("folder", [name for name in FOLDERS if (SOURCE / name).is_dir()])
+def test_a_folder_is_entered_by_its_door(folder: str) -> None:
+    """A folder offers, in its `__init__.py`, exactly what other folders and plugins import."""
+    used = set()
+    for path in files():
+        for name, *rest in imported_from_us(path):
+            if name == folder:
+                used.add(".".join(rest))
+
+    assert door(folder) == used | FOR_PLUGINS.get(folder, set())
+
+
+def test_three_folders_import_vllm() -> None:
+    """What depends on vLLM is in three folders."""
+    found = {
+        folder_of(path)
+        for path in files()
+        if any(name == "vllm" or name.startswith("vllm.") for name in imported(path))
+    }
+
+    assert ON_VLLM == found
+
+
+def test_the_design_page_has_the_table() -> None:
+    """docs/design.md lists the same folders, in the same order, with what each imports."""
+    page = (ROOT / "docs" / "design.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    drawn = {cell[0].strip("`/"): cell[-1].replace("`", "").replace(",", "") for cell in cells}
+
+    assert [*FOLDERS.items()] == [item for item in drawn.items() if item[0] in FOLDERS]

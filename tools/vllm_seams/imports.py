@@ -1,8 +1,8 @@
 """Where vLLM imports, unpickles or runs what a value names, found in its sources.
 
 `imports.txt` gives for each such function where the name comes from: the setting that reaches it,
-which `vllm_hotswap.config.code_settings` knows then, or why none does. A function that is not there is
-new.
+which `vllm_hotswap.config.code_settings` knows then, or why none does. A function that is not
+there is new.
 """
 
 from __future__ import annotations

@@ -16,13 +16,13 @@ from vllm_hotswap.access.rights import (
 from vllm_hotswap.access.roles import HOW_TO_OPEN, Access, Caller, KeyFlags, Role, Sharing
 
 __all__ = [
+    "DEFAULT",
+    "EVERYBODY",
+    "HOW_TO_OPEN",
     "Access",
     "Account",
     "Caller",
-    "DEFAULT",
-    "EVERYBODY",
     "Group",
-    "HOW_TO_OPEN",
     "KeyFlags",
     "KeySource",
     "Keys",

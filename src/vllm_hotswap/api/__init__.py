@@ -19,18 +19,18 @@ from vllm_hotswap.api.refusals import (
 )
 
 __all__ = [
+    "DOOR",
+    "DOUBT_S",
+    "MAX_PAUSE_S",
+    "SUSPECT_S",
     "AuditLog",
     "Audited",
     "CrossOrigin",
     "CrossSite",
-    "DOOR",
-    "DOUBT_S",
     "HotswapApp",
     "KnownKey",
-    "MAX_PAUSE_S",
     "Outlook",
     "Refusals",
-    "SUSPECT_S",
     "address_of",
     "allowed_host",
     "clients_of",

@@ -31,7 +31,7 @@ def media_type(headers: Headers) -> str:
 def check_model_body(headers: Headers, path: str) -> None:
     """Check that a body has the type that a route of vLLM takes. Raises `UnsupportedMediaType`.
 
-    `path` is that of the route, as `model_routes.request_of` has it.
+    `path` is that of the route, as `models.request_of` has it.
     """
     _check_encoding(headers)
     sent = media_type(headers)

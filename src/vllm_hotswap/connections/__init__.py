@@ -14,12 +14,12 @@ from vllm_hotswap.connections.listen import (
 )
 
 __all__ = [
+    "DEFAULT_PORT",
+    "LAST_ANSWERS_S",
     "Acceptor",
     "Arrival",
     "Config",
     "Connection",
-    "DEFAULT_PORT",
-    "LAST_ANSWERS_S",
     "ListenFlags",
     "Listener",
     "Refresher",

@@ -10,8 +10,8 @@ from vllm_hotswap.engines.vllm_engine import VllmHost
 from vllm_hotswap.engines.vllm_metrics import VLLM_REGISTRIES
 
 __all__ = [
-    "HostLink",
     "VLLM_REGISTRIES",
+    "HostLink",
     "VllmHost",
     "expected_memory",
     "frontend",

@@ -1,7 +1,6 @@
 """Spreads the many engine requests of one large request, so that others run between two of them.
 
-The tasks that vLLM makes for a large request are paced (`vllm_hotswap.models.pace`). This module does the
-rest:
+The tasks that vLLM makes for a large request are paced (`models.pace`). This module does the rest:
 
 - long loops in one task yield to the event loop where they await something anyway, or afterwards;
 - the wait for many answers at once, for which vLLM looks at all of them each time;

@@ -5,8 +5,8 @@ moved: steps cost nothing. When another engine follows, the state of the last on
 and the other's is put back, as if each had a process of its own. So an engine that cannot be loaded
 leaves nothing behind.
 
-Only the compute thread works with engines. `host.vllm_state` says what IO threads read of this state
-at other times.
+Only the compute thread works with engines. `host.vllm_state` says what IO threads read of this
+state at other times.
 
 Worker processes of a tensor-parallel model serve that model alone: nothing is moved in them.
 """

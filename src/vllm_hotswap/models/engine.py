@@ -1,7 +1,8 @@
 """The protocols of an engine, and of the process that holds all engines, for the coordinator.
 
-Two implementations ship: `engines.vllm_engine` (the real one) and `testing.fake_engine` (complete, without
-vLLM, for tests and for working on the server). `tests/contract` runs the same checks on both.
+Two implementations ship: `engines.vllm_engine` (the real one) and `testing.fake_engine` (complete,
+without vLLM, for tests and for working on the server). `tests/contract` runs the same checks on
+both.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ WEBSOCKET = "WEBSOCKET"
 """Stands for the method of a WebSocket's request."""
 
 MODEL_HEADER = "x-hotswap-model"
-"""Response header: the alias of the model that answered, or changed; see `exchange.in_header`."""
+"""Response header: the alias of the model that answered, or changed; see `api.relay.in_header`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,14 @@ from vllm_hotswap.scheduling.costs import SwitchCosts
 from vllm_hotswap.scheduling.policies import batch, make_policy
 from vllm_hotswap.scheduling.policy import (
     NEVER,
+    ActiveView,
     Decision,
     Policy,
+    PolicyFactory,
     PolicySettings,
+    QueueView,
+    ServeOn,
+    Snapshot,
     SwitchTo,
     WaitUntil,
 )
@@ -22,13 +27,18 @@ from vllm_hotswap.scheduling.scheduler import (
 
 __all__ = [
     "DEFAULT_TERMS",
+    "NEVER",
+    "ActiveView",
     "Decision",
     "ModelTerms",
-    "NEVER",
     "Policy",
+    "PolicyFactory",
     "PolicySettings",
+    "QueueView",
     "RequestTerms",
     "Scheduler",
+    "ServeOn",
+    "Snapshot",
     "SwitchCosts",
     "SwitchTo",
     "Ticket",

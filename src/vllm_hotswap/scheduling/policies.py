@@ -24,7 +24,7 @@ from vllm_hotswap.scheduling.policy import (
     WaitUntil,
 )
 
-GROUP = "vllm_hotswap.scheduling.policies"
+GROUP = "vllm_hotswap.policies"
 """The group of entry points that name additional policies."""
 
 ROUND_TRIPS = 2

@@ -161,7 +161,7 @@ class PolicySettings:
 
 
 PolicyFactory = Callable[[PolicySettings], Policy]
-"""A function that makes a policy; entry points of the group `vllm_hotswap.scheduling.policies` name one."""
+"""A function that makes a policy; entry points of the group `vllm_hotswap.policies` name one."""
 
 
 def decide(policy: Policy, snapshot: Snapshot) -> Decision:

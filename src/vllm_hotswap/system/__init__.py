@@ -42,6 +42,7 @@ from vllm_hotswap.system.trusted_files import doubt, read_private, read_trusted,
 from vllm_hotswap.system.unix_socket import FileIdentity, UnixSocket
 
 __all__ = [
+    "QUICK_S",
     "Bounds",
     "EarlyStop",
     "Errand",
@@ -52,7 +53,6 @@ __all__ = [
     "Helpers",
     "NoHelper",
     "OutOfBounds",
-    "QUICK_S",
     "Quiet",
     "RefusedByHelper",
     "Stopped",

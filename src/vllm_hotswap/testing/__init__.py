@@ -5,6 +5,6 @@ from __future__ import annotations
 from vllm_hotswap.testing.fake_server import WORD_S, FakeEngines
 
 __all__ = [
-    "FakeEngines",
     "WORD_S",
+    "FakeEngines",
 ]

@@ -7,8 +7,8 @@ from vllm_hotswap.text.json_scan import MAX_TEXT_BYTES, Member, TooLong, as_utf8
 from vllm_hotswap.text.surrogates import HalfSurrogate, as_escape, check_texts, message_of
 
 __all__ = [
-    "HalfSurrogate",
     "MAX_TEXT_BYTES",
+    "HalfSurrogate",
     "Member",
     "TooLong",
     "as_escape",

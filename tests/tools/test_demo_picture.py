@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed"),
 ]
 
-COMMITTED = Path(__file__).parent.parent / demo_picture.PICTURE
+COMMITTED = Path(__file__).parents[2] / demo_picture.PICTURE
 
 
 def test_the_picture_is_the_one_that_is_recorded(tmp_path: Path) -> None:
