@@ -32,7 +32,7 @@ from vllm_hotswap.launch.schema import json_schema
 
 PAGE = "docs/reference.md"
 STATE_PAGE = "docs/vllm-state.md"
-SCHEMA = "src/vllm_hotswap/models.schema.json"
+SCHEMA = "src/vllm_hotswap/config/models.schema.json"
 
 INTRODUCTION = """\
 # Reference of the settings

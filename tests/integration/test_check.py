@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_hotswap.demo.quickstart import MODELS, SCHEMA, write
+from vllm_hotswap.config import SCHEMA
+from vllm_hotswap.demo.quickstart import MODELS, write
 from vllm_hotswap.host.vllm_versions import vllm_version
 
 MIB = 1 << 20

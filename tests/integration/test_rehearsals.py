@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_hotswap import tiny_models
+from vllm_hotswap.demo.quickstart import MODELS
 from vllm_hotswap.host.grammar_rehearsals import Rehearsals, digest_of
 from vllm_hotswap.system.helpers import Bounds, Errand, Helpers, HelperStopped, OutOfBounds
 
@@ -34,8 +33,7 @@ class Model:
     def __init__(self) -> None:
         from transformers import AutoTokenizer
 
-        [folder] = [Path(path) / "llama" for path in tiny_models.__path__]
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(MODELS / "llama")
         self.helpers = Helpers()
         self.model: Any = SimpleNamespace(
             get_vocab_size=lambda: len(self.tokenizer),

@@ -37,11 +37,11 @@ def test_a_wheel_has_one_package(names: list[str]) -> None:
     "needed",
     [
         "py.typed",
-        "models.schema.json",
+        "config/models.schema.json",
         "testing/fake_server.py",
         "testing/fake_process_main.py",
-        "tiny_models/llama/model.safetensors",
-        "tiny_models/embed/1_Pooling/config.json",
+        "demo/models/llama/model.safetensors",
+        "demo/models/embed/1_Pooling/config.json",
     ],
 )
 def test_a_wheel_has_what_commands_need(names: list[str], needed: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from tools.gaudi.answers import EXPECTED, PROMPTS, RANKS, TOKENS
 from tools.gaudi.private import ROOT
 
-MODELS = ROOT / "src/vllm_hotswap/tiny_models"
+MODELS = ROOT / "src/vllm_hotswap/demo/models"
 PAIR = ("llama", "qwen")
 
 

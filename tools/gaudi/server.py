@@ -25,7 +25,7 @@ from tools.gaudi.judge import Cycle, Device, Processes, Seen, Way
 from tools.gaudi.private import ROOT
 from tools.gaudi.results import READ_BYTES, TEXT, TOO_LONG
 
-MODELS = ROOT / "src/vllm_hotswap/tiny_models"
+MODELS = ROOT / "src/vllm_hotswap/demo/models"
 PAIR = ("llama", "qwen")
 MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 INSIDE, PLUGIN = Path(__file__).with_name("inside"), "check_gaudi_memory"

@@ -15,6 +15,7 @@ from vllm_hotswap.config.reader import (
     unknown_key,
 )
 from vllm_hotswap.config.sampling import GENERATING_PATHS, SamplingPolicy
+from vllm_hotswap.config.schema_file import SCHEMA
 from vllm_hotswap.config.settings import (
     CONFIG_VARIABLES,
     FORWARDED_VARIABLE,
@@ -47,6 +48,7 @@ __all__ = [
     "GENERATING_PATHS",
     "NOT_SHARED",
     "PERMISSIONS",
+    "SCHEMA",
     "SECTIONS",
     "STRICT",
     "TOP_LEVEL",

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_hotswap.config import SCHEMA
 from vllm_hotswap.errors import ConfigError, HotswapError, one_line
 from vllm_hotswap.hints import program
 from vllm_hotswap.launch import EDITOR_LINE
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from vllm_hotswap.server import Engines
 
-MODELS = Path(__file__).parent / "tiny_models"
+MODELS = Path(__file__).parent / "models"
 PORT = 8000
 """Default port of vLLM's server, of ours, and of the commands that call it."""
 
@@ -59,8 +60,6 @@ WEATHER_TOOL = {
         },
     },
 }
-
-SCHEMA = Path(__file__).parent / "models.schema.json"
 
 CONFIGURATION = f"""\
 {EDITOR_LINE.format(SCHEMA.name)}

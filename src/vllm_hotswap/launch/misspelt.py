@@ -12,13 +12,11 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+from vllm_hotswap.config import SCHEMA
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.hints import did_you_mean
 from vllm_hotswap.host import RUN_ON
 from vllm_hotswap.launch.flags import SERVER_FLAGS
-
-SCHEMA = Path(__file__).parent / "models.schema.json"
-"""Contains every flag that may be a key of a model, as the newest vLLM of `RUN_ON` has them."""
 
 NO_KEYS = frozenset(["help", "model", "model_tag", "served_model_name"])
 """Flags that are neither in the schema nor flags of the server as a whole."""
