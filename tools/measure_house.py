@@ -1,7 +1,8 @@
 """`python -m tools.measure_house [SRC]`: how large a package is in its parts, and how they meet.
 
-Prints one JSON object, to compare two trees. Rooms are the package's folders; modules beside them
-are a room of their own, `.`. An arrow is an import from one module into another.
+Prints one JSON object, to compare two trees. A room is a folder of the package, or a module beside
+the folders. An arrow is an import from one module into another. An arrow runs up if the room that
+it leads to needs, directly or not, the room that it comes from.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def module_of(path: Path, folder: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    return module.partition(".")[0] if "." in module else "."
+    return module.partition(".")[0]
 
 
 def part(module: str, node: ast.ClassDef | Function) -> Part:
@@ -158,7 +159,7 @@ def circles(arrows: set[tuple[str, str]]) -> list[list[str]]:
 
 
 def floors(arrows: set[tuple[str, str]]) -> int:
-    """Return how many modules are on the longest path of imports; in a circle, each counts once."""
+    """Return how many rooms are on the longest path of imports; in a cycle, each counts once."""
     after: dict[str, set[str]] = defaultdict(set)
     for one, other in arrows:
         after[one].add(other)
@@ -176,17 +177,24 @@ def floors(arrows: set[tuple[str, str]]) -> int:
 def report(tree: Tree) -> dict[str, Any]:
     """Return the figures."""
     rooms = {(room_of(a), room_of(b)) for a, b in tree.arrows if room_of(a) != room_of(b)}
+    folders = {room_of(module.name) for module in tree.modules if "." in module.name}
+    cycles = circles(rooms)
     sizes = [function.lines for function in tree.functions]
     return {
         "modules": len(tree.modules),
-        "modules in the top folder": sum("." not in module.name for module in tree.modules),
+        "modules in the top folder": len({room_of(m.name) for m in tree.modules} - folders),
+        "folders": len(folders),
         "lines": tree.lines,
         "imports between modules": len(tree.arrows),
         "imports between folders": sum(room_of(a) != room_of(b) for a, b in tree.arrows),
         "folders that import a folder": len(rooms),
-        "import cycles of folders": circles(rooms),
+        "import cycles of folders": cycles,
+        "imports that run up": sum(
+            room_of(a) != room_of(b) and any({room_of(a), room_of(b)} <= set(c) for c in cycles)
+            for a, b in tree.arrows
+        ),
         "import cycles of modules": circles(tree.arrows),
-        "floors": floors(tree.arrows),
+        "floors": floors(rooms),
         "largest modules": largest(tree.modules),
         "largest classes": largest(tree.classes),
         "largest functions": largest(tree.functions),

@@ -160,7 +160,7 @@ def load_config(
     Args:
         path: the YAML file.
         overrides: settings given elsewhere; each wins over the file, a later one over earlier ones.
-        allowed: dangers that are accepted; see `security`.
+        allowed: dangers that are accepted; see `permissions`.
         environment: values for `${NAME}` in the file.
 
     Raises:
