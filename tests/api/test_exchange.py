@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
+from tests.helpers.support import lease as lease_of
 from vllm_hotswap.api.refusals import DOOR
 from vllm_hotswap.api.relay import REFUSAL_BYTES, ResponseRelay
 from vllm_hotswap.errors import AdapterUnavailable, QueueFull
-from vllm_hotswap.models.registry import Lease
 
 
 class Door:
@@ -37,7 +37,7 @@ class Said:
         self.sent: list[Message] = []
         scope = {"type": "http", "path": "/v1/completions", DOOR: lambda: self.door}
         self.answer = ResponseRelay(scope, self._receive, self._send)
-        self.lease = Lease("llama", 1, None)
+        self.lease = lease_of("llama", 1)
         self.answer.attach(self.lease)
 
     async def _receive(self) -> Message:

@@ -808,13 +808,13 @@ def mistaken(*_: object) -> None:
     raise ZeroDivisionError("unforeseen")
 
 
-@pytest.mark.parametrize("place", ["media.check_model_body", "routing.ClientChannel"])
+@pytest.mark.parametrize("place", ["media.check_model_body", "router.ClientChannel"])
 async def test_unforeseen_error_is_answered_with_the_error_object(
     server: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """An unforeseen error is logged once, has no details, and ends any lease."""
     with monkeypatch.context() as patch:
-        patch.setattr(f"vllm_hotswap.{place}", mistaken)
+        patch.setattr(f"vllm_hotswap.api.{place}", mistaken)
         response = await server.ask("llama")
 
     assert (500, "internal_error") == (response.status_code, code(response))

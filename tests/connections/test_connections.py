@@ -27,11 +27,11 @@ from tests.helpers.listening import (
     listening_to,
     listening_with,
 )
-from tests.helpers.support import Server
+from tests.helpers.support import Server, lease as lease_of
 from vllm_hotswap.access.roles import Access
 from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.connections import connections
-from vllm_hotswap.models.registry import Lease, current_lease
+from vllm_hotswap.models.registry import current_lease
 from vllm_hotswap.testing.fake_engine import FakeSettings
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -240,7 +240,7 @@ async def test_a_request_knows_nothing_of_the_one_before() -> None:
     async def answers(scope: Scope, receive: Receive, send: Send) -> None:
         before = current_lease.get()
         found.append(before.alias if before else None)
-        current_lease.set(Lease(scope["path"], 1, None))
+        current_lease.set(lease_of(scope["path"], 1))
         while (await receive()).get("more_body", False):
             pass
         await sized({**scope, "path": "/0"}, receive, send)

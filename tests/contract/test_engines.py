@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.helpers.adapters import write_adapter
+from tests.helpers.support import lease as lease_of
 from vllm_hotswap.demo.quickstart import WEATHER_TOOL
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
 from vllm_hotswap.models.engine import Engine, EngineHost
@@ -219,7 +220,7 @@ async def test_a_request_that_is_given_up_at_the_door_leaves_nothing(host: Engin
         at_the_door.set()
         await asyncio.Event().wait()
 
-    lease = Lease("qwen", 11, None, wait_for_turn=wait_for_ever)
+    lease = lease_of("qwen", 11, wait_for_turn=wait_for_ever)
     asked = asyncio.create_task(complete_under(lease, qwen))
     await asyncio.wait_for(at_the_door.wait(), 10)
     asked.cancel()

@@ -12,9 +12,10 @@ import anyio.lowlevel
 import pytest
 from starlette.types import Message
 
+from tests.helpers.support import lease as lease_of
 from vllm_hotswap.api.relay import ResponseRelay
 from vllm_hotswap.models.pace import PER_TURN, Pace, merged, pace_tasks
-from vllm_hotswap.models.registry import Lease, current_lease
+from vllm_hotswap.models.registry import current_lease
 
 MANY = 100
 
@@ -61,7 +62,7 @@ async def turns(pace: Pace) -> AsyncIterator[Turns]:
 @contextmanager
 def call(requests: int) -> Iterator[None]:
     """Make tasks inside belong to a call of so many engine requests."""
-    token = current_lease.set(Lease("llama", 1, None, calls=requests))
+    token = current_lease.set(lease_of("llama", 1, calls=requests))
     try:
         yield
     finally:

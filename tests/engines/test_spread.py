@@ -17,9 +17,10 @@ import pytest
 from starlette.datastructures import State
 from starlette.responses import JSONResponse
 
+from tests.helpers.support import lease as lease_of
 from vllm_hotswap.engines.spread import ITEMS, READ_BYTES, JsonInPieces, read_in_turns, spread
 from vllm_hotswap.models.pace import OUTPUTS, PER_TURN, Pace, pace_tasks
-from vllm_hotswap.models.registry import Lease, current_lease
+from vllm_hotswap.models.registry import current_lease
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ class OutputProcessor:
 async def test_outputs_are_looked_at_in_every_turn(pace: Pace) -> None:
     """Outputs are read in every turn, without waiting for large calls that fill all places."""
     client = Client()
-    current_lease.set(Lease("llama", 1, None, calls=100))
+    current_lease.set(lease_of("llama", 1, calls=100))
     spread(client, application(), pace)
     assert client.output_handler is not None
     await client.add_request("first")
@@ -135,7 +136,7 @@ async def test_a_loop_over_prompts_gives_the_event_loop_back(
             passed += 1
 
     other = asyncio.create_task(others())
-    current_lease.set(Lease("llama", 1, None, calls=calls))
+    current_lease.set(lease_of("llama", 1, calls=calls))
     await asyncio.sleep(0)
     assert ["found"] * 100 == await serving.answer(100)
     other.cancel()
@@ -268,7 +269,7 @@ async def test_an_answer_is_written_in_another_turn_than_it_is_made(pace: Pace) 
     turned = asyncio.Event()
 
     async def make(calls: int) -> bool:
-        current_lease.set(Lease("llama", 1, None, calls=calls))
+        current_lease.set(lease_of("llama", 1, calls=calls))
         asyncio.get_running_loop().call_soon(turned.set)
         assert "made" == await serving.create_completion("made")
         return turned.is_set()
@@ -300,7 +301,7 @@ async def test_inputs_are_given_to_threads_a_few_in_a_turn(pace: Pace) -> None:
     spread(Client(), application(one=serving, other=of_tasks), pace)
     using = asyncio.create_task(others())
     for inputs, calls, most in ((one, 100, PER_TURN), (other, 100, PER_TURN), (one, 1, 100)):
-        current_lease.set(Lease("llama", 1, None, calls=calls))
+        current_lease.set(lease_of("llama", 1, calls=calls))
         given[:] = [0]
         made = [inputs.render_async(f"text {n}") for n in range(100)]
         assert [f"TEXT {n}" for n in range(100)] == await asyncio.gather(*made)
@@ -319,7 +320,7 @@ async def test_inputs_end_as_their_work_does(pace: Pace) -> None:
 
     inputs: Any = SimpleNamespace(render_async=render_async)
     spread(Client(), application(one=SimpleNamespace(io_processor=inputs)), pace)
-    current_lease.set(Lease("llama", 1, None, calls=100))
+    current_lease.set(lease_of("llama", 1, calls=100))
     wrong, left, gone, cancelled, never = map(inputs.render_async, "wlgcn")
     never.cancel()
     for _ in range(3 * len("wlgcn")):
@@ -353,7 +354,7 @@ async def test_inputs_that_no_thread_takes_end_in_an_error(pace: Pace) -> None:
 
     inputs: Any = SimpleNamespace(render_async=render_async)
     spread(Client(), application(one=SimpleNamespace(io_processor=inputs)), pace)
-    current_lease.set(Lease("llama", 1, None, calls=100))
+    current_lease.set(lease_of("llama", 1, calls=100))
     made = [inputs.render_async(text) for text in "abcd"]
     async with asyncio.timeout(10):
         ends = await asyncio.gather(*made, return_exceptions=True)

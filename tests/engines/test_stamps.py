@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.support import lease as lease_of
 from tests.helpers.virtual import VirtualLoop
 from vllm_hotswap.engines.engine_share import EngineShare
 from vllm_hotswap.engines.stamps import StampedCore, make_stamp, read_stamp
@@ -97,7 +98,7 @@ def test_no_stamp_is_of_no_epoch() -> None:
 
 async def test_output_of_the_leases_epoch_is_delivered(stamped: StampedCore, core: Core) -> None:
     """Output of the lease's epoch is delivered, and so is output of older vLLMs without a stamp."""
-    lease = Lease("llama", 3, None)
+    lease = lease_of("llama", 3)
     await begin(stamped, "r", lease)
 
     assert ["r"] == await delivered(stamped, core, "llama#3", "r")
@@ -110,7 +111,7 @@ async def test_output_of_another_epoch_or_model_ends_its_request(
     stamped: StampedCore, core: Core, stamp: str
 ) -> None:
     """Output of another epoch or model is not delivered and ends its request; a canary has none."""
-    lease = Lease("llama", 3, None)
+    lease = lease_of("llama", 3)
     await begin(stamped, "r", lease)
     await begin(stamped, "canary", None)
 
@@ -122,7 +123,7 @@ async def test_output_of_another_epoch_or_model_ends_its_request(
 
 async def test_resumed_request_owns_all_its_epochs(stamped: StampedCore, core: Core) -> None:
     """A resumed request owns all its epochs: output from before it was parked may be read later."""
-    lease = Lease("llama", 3, None)
+    lease = lease_of("llama", 3)
     await begin(stamped, "r", lease)
     lease.hold_output(7)
 
@@ -135,7 +136,7 @@ async def test_request_that_was_cut_meanwhile_does_not_reach_the_engine(
     stamped: StampedCore, core: Core
 ) -> None:
     """A request aborted while it is tokenised does not reach the engine."""
-    lease = Lease("llama", 3, None)
+    lease = lease_of("llama", 3)
     lease.end(DrainCut("llama", "qwen", 0))
 
     with pytest.raises(EngineUnavailable, match="drain"):
@@ -149,14 +150,14 @@ async def test_request_of_another_models_lease_does_not_reach_the_engine(
 ) -> None:
     """A request with another model's lease never reaches the engine, should one get there."""
     with pytest.raises(WrongStamp):
-        await begin(stamped, "r", Lease("qwen", 3, None))
+        await begin(stamped, "r", lease_of("qwen", 3))
 
     assert [] == core.told
 
 
 async def test_nothing_is_kept_of_requests_that_ended(stamped: StampedCore, core: Core) -> None:
     """Requests that ended by a last output or an abort are forgotten; the lease has the others."""
-    lease = Lease("llama", 3, None)
+    lease = lease_of("llama", 3)
     for request_id in ("a", "b", "c"):
         await begin(stamped, request_id, lease)
 
@@ -173,7 +174,7 @@ async def test_output_without_a_stamp_ends_its_request_too(
     stamped: StampedCore, core: Core
 ) -> None:
     """Output without a stamp, as from older vLLMs, ends its request's entry, too."""
-    lease = Lease("llama", 3, None)
+    lease = lease_of("llama", 3)
     await begin(stamped, "r", lease)
 
     core.says.append(Outputs(None, [Output("r", finish_reason=0)]))
@@ -185,7 +186,7 @@ async def test_output_without_a_stamp_ends_its_request_too(
 
 async def test_what_is_released_is_forgotten(stamped: StampedCore, core: Core) -> None:
     """A released request is forgotten, although the engine may send more for it."""
-    lease = Lease("llama", 3, None)
+    lease = lease_of("llama", 3)
     await begin(stamped, "r", lease)
 
     stamped.forget(lease.requests)
@@ -207,7 +208,7 @@ async def test_the_callers_salt_parts_the_prefix_cache(
     stamped: StampedCore, salt: str, own: str | None, sent: str | None
 ) -> None:
     """The caller's salt divides the prefix cache, and a request's own salt divides that further."""
-    current_lease.set(Lease("llama", 1, None, cache_salt=salt))
+    current_lease.set(lease_of("llama", 1, cache_salt=salt))
     request = Request("one", cache_salt=own)
     await stamped.add_request_async(request)
 
@@ -216,7 +217,7 @@ async def test_the_callers_salt_parts_the_prefix_cache(
 
 def structured(**lease: Any) -> tuple[Lease, Request]:
     """Make a request with a grammar, and its lease, which becomes the running task's."""
-    current_lease.set(made := Lease("llama", 3, None, **lease))
+    current_lease.set(made := lease_of("llama", 3, **lease))
     return made, Request("r", sampling_params=Sampling())
 
 
@@ -352,7 +353,7 @@ async def test_outputs_of_several_steps_are_not_looked_at_in_one_turn(
 async def test_answers_of_one_call_begin_a_few_in_a_turn(core: Core) -> None:
     """A call's requests reach the engine a few per turn, although vLLM sends them in one task."""
     stamped = StampedCore("llama", core, Pace(asyncio.get_running_loop()))
-    current_lease.set(Lease("llama", 3, None, calls=100))
+    current_lease.set(lease_of("llama", 3, calls=100))
     sent = [0]
 
     async def others() -> None:
@@ -375,7 +376,7 @@ def sharing(core: Core, places: int) -> StampedCore:
 
 async def ask(stamped: StampedCore, request_id: str, **lease: Any) -> asyncio.Task[None]:
     """Start a request of an account that is held to its share."""
-    made = Lease("llama", 3, None, **{"engine_share": 0.5, **lease})
+    made = lease_of("llama", 3, **{"engine_share": 0.5, **lease})
     task = asyncio.create_task(begin(stamped, request_id, made))
     for _ in range(3):
         await asyncio.sleep(0)
@@ -414,7 +415,7 @@ async def test_whose_share_is_everything_never_waits(core: Core) -> None:
 async def test_what_waits_before_its_engine_can_be_given_up(core: Core) -> None:
     """A request that waits for its share can be aborted; the engine never sees it."""
     stamped = sharing(core, places=1)
-    lease = Lease("llama", 3, None, account="a", engine_share=0.5)
+    lease = lease_of("llama", 3, account="a", engine_share=0.5)
     held = [asyncio.create_task(begin(stamped, f"a{number}", lease)) for number in range(3)]
     await asyncio.sleep(0)
     assert 1 == lease.held_back
@@ -443,7 +444,7 @@ async def test_what_was_cut_before_its_turn_takes_no_place(core: Core) -> None:
     stamped = sharing(core, places=1)
     await ask(stamped, "a0", account="a")
     await ask(stamped, "a1", account="a")
-    lease = Lease("llama", 3, None, account="a", engine_share=0.5)
+    lease = lease_of("llama", 3, account="a", engine_share=0.5)
     cut = asyncio.create_task(begin(stamped, "a2", lease))
     await asyncio.sleep(0)
     await ask(stamped, "a3", account="a")

@@ -9,9 +9,10 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -24,8 +25,11 @@ from vllm_hotswap.config.settings import (
     SwitchingConfig,
 )
 from vllm_hotswap.events import Event
+from vllm_hotswap.models.engine import Engine
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.models.registry import ModelSettings
+from vllm_hotswap.models.registry import Lease, Model, ModelSettings
+from vllm_hotswap.scheduling.scheduler import DEFAULT_TERMS, RequestTerms
+from vllm_hotswap.switching.auto import AutoAdmission
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
 CHAT = "/v1/chat/completions"
@@ -38,6 +42,12 @@ async def settled() -> None:
     await asyncio.sleep(0)
     while loop._ready:  # noqa: ASYNC110  # other tasks get turns; no time is waited for
         await asyncio.sleep(0)
+
+
+def lease(alias: str = "llama", epoch: int = 1, **fields: Any) -> Lease:
+    """Make a lease on a model that has no engine."""
+    model = Model(alias, cast("Engine", None))
+    return Lease(model, epoch, **{"task": None, **fields})
 
 
 class Recorder:
@@ -223,6 +233,19 @@ class Server:
         self._client = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app), base_url="http://server"
         )
+
+    def lease(
+        self, name: str | None, terms: RequestTerms = DEFAULT_TERMS
+    ) -> AbstractAsyncContextManager[Lease]:
+        """Hold the model that a request with this name is for, as the router does."""
+        model = self.coordinator.resolve_target(name)
+        return self.coordinator.lease(model, name, terms)
+
+    @property
+    def auto(self) -> AutoAdmission:
+        """How requests are admitted in the mode `auto`."""
+        assert isinstance(self.coordinator.admission, AutoAdmission)
+        return self.coordinator.admission
 
     async def start(self) -> Server:
         await self.host.start()

@@ -16,6 +16,7 @@ import pytest
 
 from tests.helpers.faults import wait_until
 from tests.helpers.scripted_helper import SCRIPTED
+from tests.helpers.support import lease as lease_of
 from vllm_hotswap.errors import EngineUnavailable, GrammarTimeout
 from vllm_hotswap.host import grammars
 from vllm_hotswap.host.grammars import (
@@ -142,7 +143,7 @@ async def test_checks_are_shared_between_accounts(client: Any, pool: FairPool) -
 
     pool.submit_for = noting  # type: ignore[method-assign]
     await client.add_request("one", "prompt", Params("a"))
-    current_lease.set(Lease("llama", 1, None, account="group a"))
+    current_lease.set(lease_of("llama", 1, account="group a"))
     await client.add_request("two", "prompt", Params("a"))
 
     assert ["", "group a"] == asked_for
@@ -170,7 +171,7 @@ class Slow:
 
     def ask(self, grammar: str, account: str, timeout_s: float | None) -> tuple[Lease, Any]:
         """Return the lease of a request, and its task."""
-        lease = Lease("llama", 1, None, account=account, grammar_timeout_s=timeout_s)
+        lease = lease_of("llama", 1, account=account, grammar_timeout_s=timeout_s)
 
         async def add() -> None:
             current_lease.set(lease)
@@ -269,7 +270,7 @@ class Rehearsing:
 
     def ask_for(self, asked: Asked, account: str = "", **own: Any) -> tuple[Lease, Any]:
         """Return the lease of a request, and its task, which says whether its grammar is slow."""
-        lease = Lease("llama", 1, None, account=account, **own)
+        lease = lease_of("llama", 1, account=account, **own)
 
         async def add() -> Any:
             current_lease.set(lease)

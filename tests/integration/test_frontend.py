@@ -21,10 +21,11 @@ from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+from tests.helpers.support import lease as lease_of
 from tests.integration.processes import ServerProcess
 from vllm_hotswap.engines.frontend import complete
 from vllm_hotswap.engines.stamps import StampedCore
-from vllm_hotswap.models.registry import Lease, current_lease
+from vllm_hotswap.models.registry import current_lease
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
 HALF = "\ud83d"
@@ -131,7 +132,7 @@ async def test_what_cannot_be_encoded_is_refused_before_it_waits(
     async def ask(tokens: int) -> None:
         asked_for.append(tokens)
 
-    lease = Lease("llama", 1, None, wait_for_turn=ask)
+    lease = lease_of("llama", 1, wait_for_turn=ask)
     current_lease.set(lease)
 
     with pytest.raises(VLLMClientError, match=why):

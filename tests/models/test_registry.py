@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
+from tests.helpers.support import lease as lease_of
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
-from vllm_hotswap.models.registry import Lease, Registry
+from vllm_hotswap.models.registry import Registry
 from vllm_hotswap.states import IllegalTransition, Residency, Step
 from vllm_hotswap.testing.fake_engine import FakeHost
 
@@ -55,14 +56,14 @@ def test_illegal_step_leaves_the_residency(registry: Registry) -> None:
 def test_model_tells_its_state(registry: Registry) -> None:
     """A model's state is readable in logs and failing tests."""
     model = registry.resolve("llama")
-    model.leases[Lease("llama", 1, None)] = None
+    model.leases[lease_of("llama", 1)] = None
 
     assert "<Model llama cold in_flight=1>" == repr(model)
 
 
 def test_only_the_first_cause_ends_a_request() -> None:
     """Only the first cause that a request is given ends it."""
-    lease = Lease("llama", 1, None)
+    lease = lease_of("llama", 1)
     first, second = DrainCut("llama", "qwen", 1), EngineUnavailable("gone")
     told: list[str] = []
     lease.on_cut = lambda: told.append("cut")
@@ -77,7 +78,7 @@ def test_only_the_first_cause_ends_a_request() -> None:
 async def test_request_that_goes_on_can_be_killed() -> None:
     """A request that continues after it was asked to end can be killed, which cancels it."""
     task = asyncio.create_task(asyncio.Event().wait())
-    lease = Lease("llama", 1, task)
+    lease = lease_of("llama", 1, task=task)
 
     lease.end(EngineUnavailable("gone"))
     assert not task.cancelling()
@@ -88,4 +89,4 @@ async def test_request_that_goes_on_can_be_killed() -> None:
 
 def test_lease_without_a_task_can_be_killed() -> None:
     """A lease without a task can be killed: there may be no task to cancel."""
-    Lease("llama", 1, None).kill()
+    lease_of("llama", 1).kill()

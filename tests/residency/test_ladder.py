@@ -13,11 +13,11 @@ from hypothesis import given, settings, strategies as st
 
 from tests.conftest import MakeServer
 from tests.helpers.depth import examples
-from tests.helpers.support import Recorder, Server, settled
+from tests.helpers.support import Recorder, Server, lease as lease_of, settled
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.events import ModelMoved, PhaseChanged, PinChanged
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.models.registry import Lease, ModelSettings
+from vllm_hotswap.models.registry import ModelSettings
 from vllm_hotswap.switching.coordinator import Coordinator
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
@@ -43,7 +43,7 @@ async def tight(make_server: MakeServer) -> Server:
 def request_of(server: Server, alias: str) -> Iterator[None]:
     """Send a request that continues although its model is not active."""
     leases = server.coordinator.registry.resolve(alias).leases
-    leases[Lease(alias, 1, None)] = None
+    leases[lease_of(alias, 1)] = None
     yield
     leases.clear()
 
@@ -777,7 +777,7 @@ async def test_cancelling_no_prefetch_is_no_mistake(server: Server) -> None:
 async def test_client_that_leaves_does_not_stop_a_prefetch(server: Server) -> None:
     """A client that leaves does not stop a prefetch: other callers and the load may need it."""
     server.host.hold("prefetch", "mistral")
-    leaving = asyncio.create_task(server.coordinator.prefetch("mistral"))
+    leaving = asyncio.create_task(server.coordinator.operations.prefetch("mistral"))
     await server.settled()
     leaving.cancel()
     await server.settled()
@@ -844,7 +844,7 @@ class Clocked:
     async def after(self, seconds: float) -> dict[str, str]:
         """Return the residencies that much later, once idle models have been moved."""
         self.now += seconds
-        await self.coordinator.rest_idle()
+        await self.coordinator.idle.rest()
         return {model.alias: model.residency.value for model in self.coordinator.registry}
 
 
@@ -876,11 +876,11 @@ async def test_time_begins_when_a_model_comes_up() -> None:
     clocked = await Clocked(b=policy).start("a")
     await clocked.after(500)
 
-    await clocked.coordinator.load("b")
+    await clocked.coordinator.operations.load("b")
     assert "parked" == (await clocked.after(9))["b"]
     assert "asleep" == (await clocked.after(1))["b"]
 
-    await clocked.coordinator.wake("b")
+    await clocked.coordinator.operations.wake("b")
     assert "parked" == (await clocked.after(9))["b"]
     assert "asleep" == (await clocked.after(1))["b"]
 
@@ -890,7 +890,7 @@ async def test_pinned_and_busy_models_do_not_rest() -> None:
     policy = ModelSettings(idle_sleep_s=10, idle_unload_s=20)
     clocked = await Clocked(b=ModelSettings(pinned=True, idle_sleep_s=10), c=policy).start()
     model = clocked.coordinator.registry.resolve("c")
-    model.leases[Lease("c", 1, None)] = None
+    model.leases[lease_of("c", 1)] = None
 
     assert {"a": "active", "b": "parked", "c": "parked"} == await clocked.after(99)
 
@@ -911,9 +911,9 @@ async def test_model_whose_device_knows_no_sleep_is_only_unloaded() -> None:
 async def test_model_that_is_used_while_its_rest_waits_stays_up() -> None:
     """A due rest is not made if a request has woken the model in the meantime."""
     clocked = await Clocked(b=ModelSettings(idle_unload_s=10)).start()
-    await clocked.coordinator.sleep("b", 1)
+    await clocked.coordinator.operations.sleep("b", 1)
     clocked.host.hold("wake", "b")
-    waking = asyncio.create_task(clocked.coordinator.wake("b"))
+    waking = asyncio.create_task(clocked.coordinator.operations.wake("b"))
     await settled()
     resting = asyncio.create_task(clocked.after(10))
     await settled()
@@ -928,7 +928,7 @@ async def test_idle_models_are_looked_at_until_the_server_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The idle check runs until the server ends, even if a model cannot be put to sleep."""
-    monkeypatch.setattr("vllm_hotswap.switching.coordinator.IDLE_CHECK_S", 0)
+    monkeypatch.setattr("vllm_hotswap.switching.idle.IDLE_CHECK_S", 0)
     clocked = await Clocked(b=ModelSettings(idle_sleep_s=10)).start()
     clocked.now += 10
     clocked.host.fail_next("sleep", "b")

@@ -125,11 +125,9 @@ def test_a_wake_that_was_begun_before_says_nothing_of_the_next_one(play: Play) -
 
     async def story(server: Server) -> None:
         model = server.coordinator.registry.model("qwen")
-        dispatcher = server.coordinator.dispatcher
-        assert dispatcher is not None
         await asleep(server, "qwen")
         await server.switch("qwen")
-        measured = dispatcher.costs.version
+        measured = server.auto.costs.version
         await server.switch("llama")
         await asleep(server, "qwen")
         await announce(server, "qwen")
@@ -140,7 +138,7 @@ def test_a_wake_that_was_begun_before_says_nothing_of_the_next_one(play: Play) -
         await server.switch("qwen")
 
         assert 10 == pytest.approx(model.up_s[Residency.ASLEEP])
-        assert measured + 1 == dispatcher.costs.version  # of the switch to llama
+        assert measured + 1 == server.auto.costs.version  # of the switch to llama
 
     play(
         story,
@@ -558,7 +556,7 @@ async def test_an_idle_model_is_unloaded_with_what_it_has_taken(make_server: Mak
     await server.settled()
     now[0] = 61
 
-    await server.coordinator.rest_idle()
+    await server.coordinator.idle.rest()
 
     assert (0, "cold") == (held(server), server.residencies["qwen"])
     assert await waking(server) is None

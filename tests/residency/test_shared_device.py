@@ -111,7 +111,7 @@ async def test_a_shared_device_is_looked_at_until_the_server_ends(
     gpu: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shared device is checked until the server ends, despite failed moves or a dead host."""
-    monkeypatch.setattr("vllm_hotswap.switching.coordinator.DEVICE_CHECK_S", 0)
+    monkeypatch.setattr("vllm_hotswap.switching.idle.DEVICE_CHECK_S", 0)
     gpu.host.taken_bytes = 4 * MIB
     gpu.host.fail_next("sleep", "mistral")
     gpu.host.fail_next("sleep", "qwen")

@@ -100,8 +100,7 @@ def test_nobody_waits_longer_than_promised(
             clock=loop.time,
             **settings_of(cost_s, max_wait=max_wait_s, drain_timeout=60),  # type: ignore[arg-type]
         ).start()
-        assert server.coordinator.dispatcher is not None
-        server.coordinator.dispatcher.scheduler.policy = policy
+        server.auto.scheduler.policy = policy
         try:
             return await asyncio.gather(*(ask(server, one) for one in requests))
         finally:
@@ -150,8 +149,8 @@ def test_a_request_that_comes_in_a_drain_and_is_due_ends_it(play: Play, late: st
         assert "drain" == server.coordinator.phase
         terms = RequestTerms(max_wait_s=2.0)
         began_s = asyncio.get_running_loop().time()
-        async with server.coordinator.lease(late, terms) as lease:
-            await server.coordinator.dispatcher.wait_for_turn(lease)  # type: ignore[union-attr]
+        async with server.lease(late, terms) as lease:
+            await server.auto.wait_for_turn(lease)
             waited_s = asyncio.get_running_loop().time() - began_s
 
         assert 200 == (await first).status_code

@@ -257,8 +257,7 @@ async def test_bad_request_does_not_load_its_model(auto: Server) -> None:
 
     assert 400 == answer.status
     assert [] == targets(auto)
-    assert auto.coordinator.dispatcher is not None
-    assert auto.coordinator.dispatcher.is_empty
+    assert auto.auto.is_empty
 
 
 async def test_model_that_is_loaded_meanwhile_takes_the_request_over(
@@ -724,7 +723,7 @@ def test_parked_request_of_a_model_that_fails_does_not_make_the_server_try_all_t
 async def test_switch_that_is_given_up_leaves_the_queue_alone(auto: Server) -> None:
     """A refused drain says nothing about the target."""
     first = await auto.start_stream("llama")
-    auto.coordinator.dispatcher.scheduler.leased_until_s = float("inf")  # type: ignore[union-attr]
+    auto.auto.scheduler.leased_until_s = float("inf")
     waiting = auto.ask("qwen")
     await auto.settled()
     refused = await auto.post(
@@ -733,7 +732,7 @@ async def test_switch_that_is_given_up_leaves_the_queue_alone(auto: Server) -> N
     )
     assert 409 == refused.status_code
     assert not waiting.done()
-    auto.coordinator.dispatcher.scheduler.leased_until_s = None  # type: ignore[union-attr]
+    auto.auto.scheduler.leased_until_s = None
     await first.finish()
     assert "qwen" == model_of(await waiting)
 
@@ -790,12 +789,10 @@ def test_an_arrival_does_not_end_the_wait_for_requests_that_were_ended(play: Pla
 
     async def story(server: Server) -> None:
         async def answer_slowly() -> None:
-            async with server.coordinator.lease("llama") as lease:
-                await dispatcher.wait_for_turn(lease)
+            async with server.lease("llama") as lease:
+                await server.auto.wait_for_turn(lease)
                 await asyncio.sleep(3)  # its client reads the error slowly
 
-        dispatcher = server.coordinator.dispatcher
-        assert dispatcher is not None
         running = asyncio.create_task(answer_slowly())
         await asyncio.sleep(1)
         switch = asyncio.create_task(server.coordinator.switch("qwen", 0.0, "abort"))

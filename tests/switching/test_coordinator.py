@@ -44,7 +44,7 @@ class Holder:
         self.task = asyncio.create_task(self._run(server, alias))
 
     async def _run(self, server: Server, alias: str | None) -> str:
-        async with server.coordinator.lease(alias) as self.lease:
+        async with server.lease(alias) as self.lease:
             self.lease.on_cut = self.go.set
             if self.lease.cut is None:
                 await self.go.wait()
@@ -119,7 +119,7 @@ async def test_start_validates_everything_before_it_loads_anything() -> None:
 @pytest.mark.parametrize("alias", ["llama", None])
 async def test_request_for_the_active_model_is_admitted(server: Server, alias: str | None) -> None:
     """A request for the active model, named or not, is leased at once in the current epoch."""
-    async with server.coordinator.lease(alias) as lease:
+    async with server.lease(alias) as lease:
         assert ("llama", 1) == (lease.alias, lease.epoch)
         assert 1 == server.in_flight["llama"]
 
@@ -139,7 +139,7 @@ async def test_request_for_another_model_is_refused(
 ) -> None:
     """A request for another model is refused at once, whether or not that is loaded."""
     with pytest.raises(error, match=message):
-        async with server.coordinator.lease(alias):
+        async with server.lease(alias):
             pass
 
 
@@ -149,7 +149,7 @@ async def test_request_for_a_third_model_is_refused_during_a_switch(server: Serv
     switch = await begin_switch(server, "qwen")
 
     with pytest.raises(ModelNotActive):
-        async with server.coordinator.lease("mistral"):
+        async with server.lease("mistral"):
             pass
 
     await holder.let_go()
@@ -164,14 +164,14 @@ async def test_source_is_refused_from_drain_to_the_end(server: Server) -> None:
 
     assert "drain" == server.coordinator.phase
     with pytest.raises(ModelSwitching, match="'llama' is being drained for a switch to 'qwen'"):
-        async with server.coordinator.lease("llama"):
+        async with server.lease("llama"):
             pass
 
     await holder.let_go()
     await server.settled()
     assert "activate" == server.coordinator.phase
     with pytest.raises(ModelSwitching):
-        async with server.coordinator.lease("llama"):
+        async with server.lease("llama"):
             pass
 
     server.host.release("activate", "qwen")
@@ -183,7 +183,7 @@ async def test_source_is_admitted_until_the_target_is_validated(server: Server) 
     switch = asyncio.create_task(server.coordinator.switch("qwen"))
     await asyncio.sleep(0)  # the switch was requested, but its task has not run
 
-    async with server.coordinator.lease("llama") as lease:
+    async with server.lease("llama") as lease:
         assert "llama" == lease.alias
 
     await switch
@@ -215,7 +215,7 @@ async def test_queue_has_an_end(make_server: MakeServer) -> None:
     holder = await hold(server, "qwen")
 
     with pytest.raises(QueueFull, match="1 requests are already waiting for 'qwen'") as caught:
-        async with server.coordinator.lease("qwen"):
+        async with server.lease("qwen"):
             pass
     assert 1 <= (caught.value.retry_after_s or 0)
 
@@ -231,7 +231,7 @@ async def test_wait_has_an_end(make_server: MakeServer) -> None:
     switch = await begin_switch(server, "qwen")
 
     with pytest.raises(WaitTimeout, match="waited 0 s for a switch"):
-        async with server.coordinator.lease("qwen"):
+        async with server.lease("qwen"):
             pass
 
     assert 0 == server.coordinator.waiting
@@ -247,7 +247,7 @@ async def test_lease_granted_as_the_time_runs_out_is_used(make_server: MakeServe
     switch = await begin_switch(server, "qwen")
 
     server.host.release("activate", "qwen")
-    async with server.coordinator.lease("qwen") as lease:
+    async with server.lease("qwen") as lease:
         assert 2 == lease.epoch
 
     await switch
@@ -486,7 +486,7 @@ async def test_request_that_does_not_end_is_cancelled(
     monkeypatch.setattr("vllm_hotswap.models.drain.CUT_GRACE_S", 0.01)
 
     async def deaf() -> None:
-        async with server.coordinator.lease("llama"):
+        async with server.lease("llama"):
             await asyncio.Event().wait()
 
     task = asyncio.create_task(deaf())
@@ -616,7 +616,7 @@ async def test_death_of_the_host_ends_every_request(server: Server) -> None:
         server.residency(alias) for alias in ("llama", "qwen", "mistral")
     ]
     with pytest.raises(EngineUnavailable, match="killed by signal 9"):
-        async with server.coordinator.lease("llama"):
+        async with server.lease("llama"):
             pass
     with pytest.raises(EngineUnavailable, match="killed by signal 9"):
         await server.coordinator.switch("qwen")
@@ -672,14 +672,14 @@ async def test_death_of_the_active_engine_leaves_the_others(server: Server) -> N
 
     assert "cut" == await holder.task
     with pytest.raises(EngineUnavailable, match="the engine of 'llama' died: RuntimeError: boom"):
-        async with server.coordinator.lease("llama"):
+        async with server.lease("llama"):
             pass
     await server.settled()
     server.host.release("load", "llama")
-    async with server.coordinator.lease(None) as lease:
+    async with server.lease(None) as lease:
         assert "llama" == lease.alias
     await server.coordinator.switch("qwen")
-    async with server.coordinator.lease(None) as lease:
+    async with server.lease(None) as lease:
         assert "qwen" == lease.alias
 
 
@@ -765,7 +765,7 @@ async def test_shutdown_lets_running_requests_end(server: Server) -> None:
     await server.settled()
 
     with pytest.raises(EngineUnavailable, match="the server is shutting down"):
-        async with server.coordinator.lease("llama"):
+        async with server.lease("llama"):
             pass
     assert "served" == await holder.let_go()
     await stopping

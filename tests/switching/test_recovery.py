@@ -302,9 +302,9 @@ def test_what_is_told_of_an_earlier_load_is_dropped(play: Play) -> None:
         engine = server.host.engines["qwen"]
         await server.operate("qwen", "unload")
         await server.operate("qwen", "load")
-        server.coordinator._engine_failed("qwen", "RuntimeError: boom", engine.loads - 1)
+        server.coordinator.recovery.engine_failed("qwen", "RuntimeError: boom", engine.loads - 1)
         assert "parked" == server.residency("qwen")
-        server.coordinator._engine_failed("qwen", "RuntimeError: boom", engine.loads)
+        server.coordinator.recovery.engine_failed("qwen", "RuntimeError: boom", engine.loads)
         assert "failed" == server.residency("qwen")
 
     play(story)

@@ -43,7 +43,7 @@ from vllm_hotswap.errors import (
     WrongTask,
 )
 from vllm_hotswap.models import WEBSOCKET, Lease, Model, current_lease, drain, request_of
-from vllm_hotswap.scheduling import DEFAULT_TERMS, RequestTerms
+from vllm_hotswap.scheduling import RequestTerms
 from vllm_hotswap.switching import Coordinator
 from vllm_hotswap.system import Bounds, log_of_clients
 from vllm_hotswap.tasks import Turns, at_once
@@ -64,9 +64,15 @@ class PreviewRejected(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class RequestDetails:
-    """What a request asks of its model, besides the model's name."""
+class RoutedRequest:
+    """A request whose model is known: its name is looked up once, when its body has been read."""
 
+    model: Model
+    name: str | None
+    """The name of the model in the request; None: it goes to the active one."""
+    body: bytes | None
+    """None: it is a WebSocket."""
+    terms: RequestTerms
     is_stream: bool
     requests: int
     """How many engine requests it may become."""
@@ -134,44 +140,59 @@ class Router:
     ) -> HotswapError | None:
         """Serve the request. Return what to refuse it with, if nothing was sent."""
         method, path = request_of(scope)
-        requests = 1
         try:
             headers = Headers(scope=scope)
             body = await held.read(receive, headers) if method in BODY_METHODS else b""
             fields = await self._fields(scope, path, body)
             held.weigh(await self._weight(path, body), fields.values)
-            alias = _model_of(scope, fields)
-            owner, terms = None, DEFAULT_TERMS
+            name, kept, request = _model_of(scope, fields), None, None
             if response_id := responses.response_id_in_path(method, path):
-                self.owners.check(response_id, account, alias)
-                owner = responses.owner_of(
-                    self._registry, response_id, alias, self._limits.kept_responses
-                )
+                self.owners.check(response_id, account, name)
+                most = self._limits.kept_responses
+                kept = responses.owner_of(self._registry, response_id, name, most), response_id
             else:
-                if path == responses.PATH:
-                    self._check_owner(fields, account, alias)
-                    alias = responses.alias_of_previous_response(
-                        self._registry, fields.previous_response_id, alias
-                    )
-                self._check_route(alias, method, path)
-                terms = self._terms(scope, alias)
-                requests = asked.requests_of(path, fields.members, self._limits)
-                are_strict = self._coordinator.resolve_target(alias).engine.are_tools_strict
-                asked.check_grammar(fields.members, self._limits, are_strict)
-                terms = replace(terms, charge=partial(self._rates.switch, account))
+                request = self._routed(scope, body, fields, name, account)
                 self._rates.take(account)  # last: what is refused above does not count
-            fields = replace(fields, members={})  # only the body itself is kept for long
         except HotswapError as error:
             return error
-        if owner is not None and response_id:
-            await self._serve_kept_response(owner, response_id, scope, receive, body, answer)
+        del fields  # only the body itself is kept for long
+        if kept is not None:
+            await self._serve_kept_response(*kept, scope, receive, body, answer)
+        if request is None:
             return None
-        sent = None if method == WEBSOCKET else body
-        details = RequestDetails(fields.stream, requests, account, fields.request_id)
-        refusal = await self._route(scope, receive, answer, alias, sent, terms, details)
+        refusal = await self._route(scope, receive, answer, request)
         if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
             self._rates.give_back(account)  # the server was full, or the model never became active
         return refusal
+
+    def _routed(
+        self, scope: Scope, body: bytes, fields: Fields, name: str | None, account: Account
+    ) -> RoutedRequest:
+        """Find the request's model, and check all that can be checked before it is held.
+
+        Raises:
+            HotswapError: the request is refused.
+        """
+        method, path = request_of(scope)
+        if path == responses.PATH:
+            self._check_owner(fields, account, name)
+            previous = fields.previous_response_id
+            name = responses.alias_of_previous_response(self._registry, previous, name)
+        model = self._coordinator.resolve_target(name)
+        self._check_route(model, method, path)
+        terms = self._terms(scope, model)
+        requests = asked.requests_of(path, fields.members, self._limits)
+        asked.check_grammar(fields.members, self._limits, model.engine.are_tools_strict)
+        return RoutedRequest(
+            model,
+            name,
+            None if method == WEBSOCKET else body,
+            replace(terms, charge=partial(self._rates.switch, account)),
+            fields.stream,
+            requests,
+            account,
+            fields.request_id,
+        )
 
     async def _fields(self, scope: Scope, path: str, body: bytes) -> Fields:
         """Return what the router has to know of a body.
@@ -239,7 +260,7 @@ class Router:
         """Serve a kept response from its frontend, whether or not the engine is active."""
         keeper = owner.engine.responses
         assert keeper is not None
-        lease = Lease(owner.alias, self._coordinator.epoch, asyncio.current_task())
+        lease = Lease(owner, self._coordinator.epoch, asyncio.current_task())
         answer.attach(lease)
         client = ClientChannel(scope, receive, body, [], lease, answer)
         following = ResponseFollower(keeper, lease, answer)
@@ -255,25 +276,25 @@ class Router:
         scope: Scope,
         receive: Receive,
         answer: ResponseRelay,
-        alias: str | None,
-        body: bytes | None,
-        terms: RequestTerms,
-        details: RequestDetails,
+        request: RoutedRequest,
     ) -> HotswapError | None:
         """Serve the request with its model. Return what to refuse it with, if nothing was sent."""
         waiting = DisconnectWatcher(scope, receive)
         try:
             preview = None
             is_redirected = scope["path"].endswith("/")  # by the application
+            body, model, account = request.body, request.model, request.account
             if body and scope["method"] == "POST" and not is_redirected:
-                preview = partial(self._preview, scope, body, answer, details.is_stream)
-            with self._coordinator.reserve(alias, details.requests):
-                async with self._coordinator.lease(alias, terms, preview) as lease:
+                preview = partial(self._preview, scope, body, answer, request.is_stream)
+            with self._coordinator.reserve(model, request.requests):
+                async with self._coordinator.lease(
+                    model, request.name, request.terms, preview
+                ) as lease:
                     await waiting.end()  # first: two tasks must not receive from the client at once
-                    lease.calls = details.requests
-                    lease.cache_salt = self._access.cache_salt(details.account, self._prefix_cache)
-                    lease.account = details.account.name
-                    if details.account.is_bounded:
+                    lease.calls = request.requests
+                    lease.cache_salt = self._access.cache_salt(account, self._prefix_cache)
+                    lease.account = account.name
+                    if account.is_bounded:
                         lease.engine_share = self._limits.engine_share
                     lease.grammar_timeout_s = self._limits.grammar_timeout
                     lease.grammar_bounds = self._grammar_bounds
@@ -281,7 +302,7 @@ class Router:
                     answer.attach(lease)
                     client = ClientChannel(scope, receive, body, waiting.heard, lease, answer)
                     with _noting_errors(lease):
-                        await self._serve(lease, scope, client, answer, details)
+                        await self._serve(lease, scope, client, answer, request)
         except PreviewRejected as refusal:
             await waiting.end()
             await refusal.answer(scope, receive, answer.send)
@@ -313,13 +334,12 @@ class Router:
         for so long without a byte.
 
         Raises:
-            Refused: its error shows without loading anything.
+            PreviewRejected: its error shows without loading anything.
         """
         answer.attach(lease)
-        engine = self._registry.model(lease.alias).engine
         _, path = request_of(scope)
         content_type = Headers(scope=scope).get("content-type", "")
-        previewed = await engine.preview(path, content_type, body)
+        previewed = await lease.model.engine.preview(path, content_type, body)
         if previewed.refusal is not None and lease.cut is None:
             lease.status = previewed.refusal.status_code
             raise PreviewRejected(previewed.refusal)
@@ -332,35 +352,35 @@ class Router:
         scope: Scope,
         client: Receive,
         answer: ResponseRelay,
-        details: RequestDetails,
+        request: RoutedRequest,
     ) -> None:
         """Let the model answer, and keep it until all work that it has accepted is done."""
         method, path = request_of(scope)
-        self._check_route(lease.alias, method, path)  # again: its frontend may be new
-        keeper = self._registry.resolve(lease.alias).engine.responses
+        self._check_route(lease.model, method, path)  # again: its frontend may be new
+        keeper = lease.model.engine.responses
         if keeper is None or path != responses.PATH:
             await self._answer(lease, scope, client, answer)
             return
         following = ResponseFollower(
-            keeper, lease, answer, lambda found: self.owners.note(found, details.account)
+            keeper, lease, answer, lambda found: self.owners.note(found, request.account)
         )
         following.follow_named_response()
-        if details.request_id:
-            self.owners.check_new(details.request_id, details.account)
-            self.owners.note(details.request_id, details.account)
+        if request.request_id:
+            self.owners.check_new(request.request_id, request.account)
+            self.owners.note(request.request_id, request.account)
         try:
             await self._answer(lease, scope, client, answer)
             await following.wait_until_done()
         finally:
             following.stop()
-            for name in filter(None, (details.request_id, following.response_id)):
+            for name in filter(None, (request.request_id, following.response_id)):
                 self.owners.forget(name, keeper)
 
     async def _answer(
         self, lease: Lease, scope: Scope, receive: Receive, answer: ResponseRelay
     ) -> None:
         """Run the model's application; if its lease is cut, tell the client."""
-        app = self._registry.model(lease.alias).engine.app
+        app = lease.model.engine.app
         current_lease.set(lease)
         try:
             await app(scope, receive, answer.send)
@@ -385,22 +405,17 @@ class Router:
         if fields.request_id:
             self.owners.check_new(fields.request_id, account)
 
-    def _terms(self, scope: Scope, alias: str | None) -> RequestTerms:
+    def _terms(self, scope: Scope, model: Model) -> RequestTerms:
         """Return what the request may ask for. Raises `InvalidRequest` for an invalid header."""
-        model = self._coordinator.resolve_target(alias)
         own = RequestTerms(model.settings.priority, self._coordinator.max_wait_s(model))
         return self._access.terms(Headers(scope=scope), model.alias, own)
 
-    def _check_route(self, alias: str | None, method: str, path: str) -> None:
+    def _check_route(self, model: Model, method: str, path: str) -> None:
         """Refuse a request if its model is known, loaded or not, to have no route for it.
 
         Raises:
             WrongTask: the model has none.
         """
-        alias = alias or self._coordinator.target or self._coordinator.active
-        if alias is None:
-            return
-        model = self._registry.resolve(alias)
         routes = model.engine.routes or model.engine.foreseen
         if routes is not None and not routes.serve(method, path):
             raise self._wrong_task(model.alias, routes.tasks, method, path)

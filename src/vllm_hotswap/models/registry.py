@@ -82,7 +82,7 @@ class Lease:
     is that of the new activation; outputs of all epochs from `first_epoch` on are its own.
     """
 
-    alias: str
+    model: Model
     epoch: int
     task: asyncio.Task[object] | None
     cut: Cut | None = None
@@ -149,6 +149,11 @@ class Lease:
 
     def __post_init__(self) -> None:
         self.first_epoch = self.epoch
+
+    @property
+    def alias(self) -> str:
+        """The alias of its model."""
+        return self.model.alias
 
     @property
     def result(self) -> RequestResult:

@@ -181,16 +181,15 @@ class Ladder:
                 raise
             return make_plan(self.snapshot(drained, without_parked=True), target.alias, keep)
 
-    def can_keep_parked(self, target: Model, drained: str | None = None) -> bool:
+    def can_keep_parked(self, target: Model, drained: Model | None = None) -> bool:
         """Whether there is room for `target` although every parked request is kept.
 
         `drained` is a model whose requests will have ended by then.
         """
         if target.is_loaded:
             return True
-        source = None if drained is None else self._registry.model(drained)
         try:
-            make_plan(self.snapshot(source), target.alias)
+            make_plan(self.snapshot(drained), target.alias)
         except NoRoom:
             return False
         return True

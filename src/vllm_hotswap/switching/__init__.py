@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from vllm_hotswap.switching.coordinator import Clock, Coordinator
+from vllm_hotswap.switching.coordinator import Coordinator
 from vllm_hotswap.switching.job_leases import JobLease
 from vllm_hotswap.switching.jobs import Jobs
+from vllm_hotswap.switching.state import Clock
 from vllm_hotswap.switching.switch import SwitchResult
 
 __all__ = [

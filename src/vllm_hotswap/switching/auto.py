@@ -2,7 +2,7 @@
 
 A request enters its model's own frontend at once: an invalid one is refused without a switch.
 Before anything of it reaches the engine, it waits here for its turn. `scheduler` and its policy
-decide; the coordinator carries out the decision.
+decide; `switcher` carries out the decision.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Protocol
 
-from vllm_hotswap.config import LimitsConfig, SwitchingConfig
+from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.errors import (
     EngineUnavailable,
     QueueFull,
@@ -40,6 +40,9 @@ from vllm_hotswap.scheduling import (
     make_policy,
 )
 from vllm_hotswap.states import Residency, SwitchPhase
+from vllm_hotswap.switching.admission import Leases, Preview, crowding_refusal
+from vllm_hotswap.switching.backoff import BackOff
+from vllm_hotswap.switching.state import ServingState
 from vllm_hotswap.switching.switch import Switch
 
 log = logging.getLogger("vllm_hotswap")
@@ -52,45 +55,16 @@ LEAST_DELAY_S = 0.001
 
 BRINGING_UP = (SwitchPhase.BRING_UP, SwitchPhase.ACTIVATE, SwitchPhase.VERIFY)
 
-MAX_DOUBLINGS = 30
 
-MAX_BACKOFF_S = 60.0
-"""Longest time for which requests for a model that cannot be brought up are refused."""
+class BeginSwitch(Protocol):
+    """Begins a switch that the server has decided on: it aborts no request."""
 
-
-class Switching(Protocol):
-    """The part of the coordinator that this module uses."""
-
-    @property
-    def active(self) -> str | None: ...
-
-    @property
-    def last_active(self) -> str | None:
-        """The model that recovery brings back, or that was active before the server rested."""
-
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def target(self) -> str | None: ...
-
-    @property
-    def can_switch(self) -> bool:
-        """Whether the server may begin a switch, and admit requests, now."""
-
-    def grant(self, model: Model, lease: Lease) -> None:
-        """Give a request its turn."""
-
-    def begin_switch(
+    def __call__(
         self, target: Model, drain_until_s: Callable[[], float], may_park: bool = True
-    ) -> Switch:
-        """Switch without aborting requests."""
-
-    def recheck_drain(self) -> None:
-        """Make a drain that is under way ask again until when it may wait."""
+    ) -> Switch: ...
 
 
-class Dispatcher:
+class AutoAdmission:
     """Queues requests, gives them their turn, and starts switches as the policy decides.
 
     The mutable state is:
@@ -99,26 +73,29 @@ class Dispatcher:
     - `_leases`: leases of requests that have not had their turn, by ticket, each with a future if
       the request waits;
     - `_timer`: when the policy wants to be asked again;
-    - `_failures`: how often in a row a model could not be brought up, and until when it is not
-      tried again;
+    - `_backoff`: models that could not be brought up a moment ago;
     - `_is_closed`: whether no further decisions are made.
     """
 
     def __init__(
         self,
-        server: Switching,
+        state: ServingState,
         registry: Registry,
         ladder: Ladder,
+        leases: Leases,
         settings: SwitchingConfig,
-        limits: LimitsConfig,
-        clock: Callable[[], float],
+        can_switch: Callable[[], bool],
+        begin_switch: BeginSwitch,
     ) -> None:
-        self._server = server
+        """`can_switch`: whether the server may begin a switch, and admit requests, now."""
+        self._state = state
         self._registry = registry
         self._ladder = ladder
+        self._turns = leases
         self._settings = settings
-        self._limits = limits
-        self._clock = clock
+        self._can_switch = can_switch
+        self._begin_switch = begin_switch
+        self._clock = state.clock
         self._policy_settings = PolicySettings(settings.min_active, settings.slice)
         self.costs = SwitchCosts()
         self.scheduler = Scheduler(
@@ -128,12 +105,12 @@ class Dispatcher:
         )
         self._leases: dict[Ticket, tuple[Lease, asyncio.Future[None] | None]] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._failures: dict[str, tuple[int, float]] = {}
+        self._backoff = BackOff()
         self._is_closed = False
         ladder.on_step = self.scheduler.costs_changed
 
     def __repr__(self) -> str:
-        return f"<Dispatcher not_admitted={len(self._leases)} {self.scheduler!r}>"
+        return f"<AutoAdmission not_admitted={len(self._leases)} {self.scheduler!r}>"
 
     def _terms(self, model: Model) -> ModelTerms:
         policy = model.settings
@@ -150,30 +127,61 @@ class Dispatcher:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def enter(self, model: Model, terms: RequestTerms) -> Lease:
+    @property
+    def waiting(self) -> int:
+        return self.scheduler.waiting
+
+    def waiting_for(self, model: Model) -> int:
+        return self.scheduler.waiting_for(model.alias)
+
+    @property
+    def is_open(self) -> bool:
+        """Requests are accepted at any time: they wait for their turn."""
+        return True
+
+    async def enter(
+        self, model: Model, name: str | None, terms: RequestTerms, preview: Preview | None
+    ) -> Lease:
         """Register a request that is validated now and gets its turn later.
 
         Raises:
+            EngineUnavailable: there is no engine host.
             QueueFull: too many requests already wait or run.
             SwitchNotAllowed: the request may not wait for this model.
             SwitchFailed: the model could not be brought up a moment ago.
         """
-        alias, now_s = model.alias, self._clock()
-        if refused := self._switch_refusal(alias, terms):
+        if self._state.why_down is not None:
+            raise EngineUnavailable(self._state.why_down)
+        lease = self._enter(model, terms)
+        if model.engine.routes is None:
+            await self._wait_for_frontend(model, lease, preview)
+        return lease
+
+    def _enter(self, model: Model, terms: RequestTerms) -> Lease:
+        if refused := self._switch_refusal(model, terms):
             raise refused
-        self._refuse_while_it_fails(model, now_s)
-        if model.in_flight >= self._limits.in_flight:
-            raise QueueFull(
-                f"model {alias!r} already has {self._limits.in_flight} requests running or "
-                "waiting (limits.in_flight); retry later",
-                retry_after_s=self.retry_after_s(model),
-            )
-        if not self._is_served_now(model):
-            self._refuse_if_full(model)
-        lease = Lease(alias, self._server.epoch, asyncio.current_task())
+        if model is not self._state.active:
+            self._backoff.refuse(model, self._clock(), self._state.active_alias)
+        self._turns.refuse_if_full(model, retry_after_s=partial(self.retry_after_s, model))
+        if not self._is_served_now(model) and (crowded := self._crowding_refusal(model)):
+            raise crowded
+        lease = Lease(model, self._state.epoch, asyncio.current_task())
         lease.terms = terms
         self._register(model, lease)
         return lease
+
+    async def _wait_for_frontend(self, model: Model, lease: Lease, preview: Preview | None) -> None:
+        """Have the request previewed, as there is nothing else to check it; wait for its turn."""
+        try:
+            if preview is not None:
+                await preview(lease)
+            if model.engine.routes is None:
+                await self.wait_for_turn(lease)
+            if lease.cut is not None:
+                raise lease.cut
+        except BaseException:
+            self._turns.release(lease)
+            raise
 
     def _register(self, model: Model, lease: Lease) -> Ticket:
         """Give the lease a ticket, as if its request arrived now; it asks for its turn later."""
@@ -184,7 +192,7 @@ class Dispatcher:
         model.entered[lease] = None
         return ticket
 
-    def suspend_idle(self, model: Model) -> None:
+    def suspend_idle(self, model: Model) -> bool:
         """Take idle WebSockets out of the drain; each waits for a new turn when it next asks."""
         idle = [
             lease
@@ -196,37 +204,29 @@ class Dispatcher:
             model.leases.pop(lease)
             lease.settle()
             self._register(model, lease)
+        return any(lease.is_connection for lease in model.leases)
 
-    def _switch_refusal(self, alias: str, terms: RequestTerms) -> SwitchNotAllowed | None:
+    def _switch_refusal(self, model: Model, terms: RequestTerms) -> SwitchNotAllowed | None:
         """Return why a request may not wait for the model, if waiting would cause a switch."""
-        coming = self._server.target or self._server.active or self._server.last_active
-        if terms.may_switch or alias == coming:
+        coming = self._state.coming
+        if terms.may_switch or model is coming:
             return None
-        now = f"{coming!r} is active, or about to be" if coming else "no model is active"
+        now = f"{coming.alias!r} is active, or about to be" if coming else "no model is active"
         return SwitchNotAllowed(
-            f"this key may not trigger a switch to {alias!r} ({terms.rule}); {now}; use another "
-            f"model, or retry when {alias!r} is active"
+            f"this key may not trigger a switch to {model.alias!r} ({terms.rule}); {now}; use "
+            f"another model, or retry when {model.alias!r} is active"
         )
 
     def _is_served_now(self, model: Model) -> bool:
-        return model.alias == self._server.active and self._server.can_switch
+        return model is self._state.active and self._can_switch()
 
-    def _refuse_if_full(self, model: Model) -> None:
-        if error := self._queue_full_refusal(model):
-            raise error
-
-    def _queue_full_refusal(self, model: Model) -> QueueFull | None:
-        if self.scheduler.waiting < self._settings.max_waiting:
-            return None
-        return QueueFull(
-            f"{self._settings.max_waiting} requests are already waiting (switching.max_waiting); "
-            "retry later",
-            retry_after_s=self.retry_after_s(model),
-        )
+    def _crowding_refusal(self, model: Model) -> QueueFull | None:
+        retry_after_s = partial(self.retry_after_s, model)
+        return crowding_refusal(self.waiting, self._settings.max_waiting, retry_after_s)
 
     def retry_after_s(self, model: Model) -> int:
         """Estimate the seconds until a request could be served: running requests, then a switch."""
-        active = self._server.active
+        active = self._state.active_alias
         if active == model.alias:
             return 1
         runs_s = self.scheduler.service_s(active) if active else 0.0
@@ -244,7 +244,7 @@ class Dispatcher:
         # A WebSocket may have been open for long: its wait counts from now, not from its opening.
         if future is None and lease.is_connection:
             self._forget(ticket)
-            ticket = self._register(self._registry.model(lease.alias), lease)
+            ticket = self._register(lease.model, lease)
         if future is None:  # one request of a client may be several of the engine's
             future = self._begin_to_wait(lease, ticket, tokens)
         if future is not None:
@@ -269,10 +269,10 @@ class Dispatcher:
         now_s = self._clock()
         lease.prepared_s = now_s - lease.arrived_s
         ticket.tokens = tokens
-        model = self._registry.model(lease.alias)
-        refused: Cut | None = self._switch_refusal(lease.alias, lease.terms)
+        model = lease.model
+        refused: Cut | None = self._switch_refusal(model, lease.terms)
         if not self._is_served_now(model):
-            refused = refused or self._queue_full_refusal(model) or self._charge(lease)
+            refused = refused or self._crowding_refusal(model) or self._charge(lease)
         if refused is not None:
             drain.end([lease], refused)
             return None
@@ -281,7 +281,8 @@ class Dispatcher:
             return None
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leases[ticket] = (lease, future)
-        self._server.recheck_drain()  # this request may be due before the drain's deadline
+        if (switch := self._state.switch) is not None and switch.source is not None:
+            drain.recheck(switch.source)  # this request may be due before the drain's deadline
         self.advance()
         if not future.done() and lease.on_wait is not None:
             lease.on_wait()
@@ -289,9 +290,9 @@ class Dispatcher:
 
     def _charge(self, lease: Lease) -> RateLimited | None:
         """Charge a switch to the first request that waits for a model; return a refusal, if any."""
-        alias, charge = lease.alias, lease.terms.charge
-        is_coming = alias in (self._server.active, self._server.target)
-        is_waited_for = self.scheduler.waiting_for(alias) or self._registry.model(alias).parked
+        model, charge = lease.model, lease.terms.charge
+        is_coming = model in (self._state.active, self._state.target)
+        is_waited_for = self.scheduler.waiting_for(model.alias) or model.parked
         if charge is None or is_coming or is_waited_for:
             return None
         try:
@@ -325,7 +326,7 @@ class Dispatcher:
         if (entry := self._leases.pop(ticket, None)) is None:
             return None
         lease, future = entry
-        self._registry.model(ticket.alias).entered.pop(lease)
+        lease.model.entered.pop(lease)
         return future
 
     @property
@@ -346,16 +347,16 @@ class Dispatcher:
             if ticket in self._leases:  # parked requests have had their turn before
                 lease, _ = self._leases[ticket]
                 # Granted before its task runs: the next drain must find the lease.
-                self._server.grant(self._registry.model(ticket.alias), lease)
+                self._turns.grant(lease.model, lease)
                 _settle(self._forget(ticket))
 
     # --- switches -----------------------------------------------------------------------------
 
     def advance(self) -> None:
         """Decide what to do now, and do it. Called after every change; never awaits."""
-        if self._server.active is None and self.scheduler.active is not None:
+        if self._state.active is None and self.scheduler.active is not None:
             self.scheduler.deactivate()
-        if self._is_closed or not self._server.can_switch:
+        if self._is_closed or not self._can_switch():
             return
         self._cancel_timer()
         if not self.scheduler.is_empty:
@@ -389,22 +390,22 @@ class Dispatcher:
                     self._settings.drain_timeout,
                 )
                 if (first := self._model_to_serve_first(target)) is None:
-                    self._server.begin_switch(target, until_s)
-                elif (fails_until_s := self._fails_until_s(first)) > self._clock():
-                    self._back_off(target.alias, fails_until_s)
+                    self._begin_switch(target, until_s)
+                elif (fails_until_s := self._backoff.until_s(first)) > self._clock():
+                    self._leave_alone(target, fails_until_s)
                     self.advance()
                 else:
                     # Do not park requests for it: the parked models could take turns forever.
-                    self._server.begin_switch(first, until_s, may_park=False)
+                    self._begin_switch(first, until_s, may_park=False)
             case WaitUntil(time_s=time_s) if time_s < math.inf:
                 delay_s = max(LEAST_DELAY_S, time_s - self._clock())
                 self._timer = asyncio.get_running_loop().call_later(delay_s, self.advance)
 
     def _model_to_serve_first(self, target: Model) -> Model | None:
         """Return the model to serve first, if `target` needs the memory of its parked requests."""
-        passed_by = (target.alias, self._server.active)
-        busy = [m for m in self._registry if m.parked and m.alias not in passed_by]
-        if not busy or self._ladder.can_keep_parked(target, drained=self._server.active):
+        active = self._state.active
+        busy = [m for m in self._registry if m.parked and m not in (target, active)]
+        if not busy or self._ladder.can_keep_parked(target, drained=active):
             return None
         return busy[0]
 
@@ -426,70 +427,53 @@ class Dispatcher:
         self.scheduler.leased_until_s = until_s
         self.advance()
 
-    def activated(self, alias: str) -> None:
+    def activated(self, model: Model, held_until_s: float | None) -> None:
         """Admit requests of a model that is now active and verified."""
+        self.scheduler.leased_until_s = held_until_s
         if self._is_closed:
             return
-        self._failures.pop(alias, None)
+        self._backoff.succeeded(model)
         self._refuse_unpermitted_switches()
         now_s = self._clock()
         try:
-            admitted = self.scheduler.activate(alias, now_s)
+            admitted = self.scheduler.activate(model.alias, now_s)
         except Exception as error:  # noqa: BLE001  # a policy may be third-party code
             self._replace_policy(error)
-            admitted = self.scheduler.activate(alias, now_s)
+            admitted = self.scheduler.activate(model.alias, now_s)
         self._admit(admitted)
         self.advance()
 
     def _refuse_unpermitted_switches(self) -> None:
         """Refuse waiting requests that may not cause a switch back to their model."""
         for lease, future in list(self._leases.values()):
-            if future is not None and (why := self._switch_refusal(lease.alias, lease.terms)):
+            if future is not None and (why := self._switch_refusal(lease.model, lease.terms)):
                 self._end([lease], why)
 
     def switched(self, switch: Switch, cost_s: float) -> None:
-        """Record the cost of a switch that succeeded: `cost_s`, without draining."""
+        """Record the cost of a switch; its target's requests are admitted by `activated`."""
         source = switch.source.alias if switch.source else None
         if switch.residency is not None and not switch.is_awaited:
             self.costs.add(source, switch.target.alias, switch.residency, cost_s)
 
-    def failed(self, switch: Switch, error: SwitchFailed | EngineUnavailable) -> None:
+    def failed(
+        self, switch: Switch, error: SwitchFailed | EngineUnavailable, is_refused: bool
+    ) -> None:
         """Fail the requests that wait for a model that could not be brought up, and back off.
 
         If the host has died, they keep waiting for the next host, unless it died while it brought
         up this model.
         """
         is_its_fault = switch.moves and switch.phase in BRINGING_UP
-        if not (isinstance(error, SwitchFailed) or is_its_fault):
+        if is_refused or not (isinstance(error, SwitchFailed) or is_its_fault):
             return
-        alias = switch.target.alias
-        count = min(self._failures.get(alias, (0, 0.0))[0] + 1, MAX_DOUBLINGS)
-        pause_s = min(MAX_BACKOFF_S, 2.0**count)
-        until_s = self._clock() + pause_s
-        self._failures[alias] = (count, until_s)
         # Parked requests wait for the next attempt: a client could not start them again.
-        self._back_off(alias, until_s)
-        waiting = [lease for lease, future in self._leases.values() if lease.alias == alias]
+        self._leave_alone(switch.target, self._backoff.failed(switch.target, self._clock()))
+        waiting = [lease for lease, _ in self._leases.values() if lease.model is switch.target]
         self._end(waiting, error)
 
-    def _back_off(self, alias: str, until_s: float) -> None:
-        self.scheduler.pause(alias, until_s)
+    def _leave_alone(self, model: Model, until_s: float) -> None:
+        self.scheduler.pause(model.alias, until_s)
         asyncio.get_running_loop().call_later(until_s - self._clock(), self.advance)
-
-    def _fails_until_s(self, model: Model) -> float:
-        """Return until when a model that could not be brought up is not tried again."""
-        return self._failures.get(model.alias, (0, 0.0))[1]
-
-    def _refuse_while_it_fails(self, model: Model, now_s: float) -> None:
-        count, until_s = self._failures.get(model.alias, (0, 0.0))
-        if now_s < until_s and model.alias != self._server.active:
-            raise SwitchFailed(
-                model.alias,
-                "bring_up",
-                EngineUnavailable(f"it has failed {count} times in a row"),
-                self._server.active,
-                retry_after_s=math.ceil(until_s - now_s),
-            )
 
     def close(self, cause: Cut) -> None:
         """Make no further decisions, and abort requests that have not had their turn."""

@@ -1,7 +1,7 @@
-"""Recovery of the server after the engine host, or the active engine, has died.
+"""Deaths of engines and of the engine host, and the way back.
 
-This module decides when the host counts as hung, how long to wait before the next attempt, and
-when to give up. The coordinator acts: it switches back to the last active model.
+This module notices a death and fails the requests of what has died. It decides when the host counts
+as hung, how long to wait before the next attempt to recover, and when to give up.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, suppress
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from vllm_hotswap.config import RecoveryConfig
-from vllm_hotswap.errors import HotswapError, one_line
-from vllm_hotswap.events import HostDied, HostRestarted, Observer, ServiceDegraded
-from vllm_hotswap.models import EngineHost, Pulse
+from vllm_hotswap.errors import EngineUnavailable, HotswapError, one_line
+from vllm_hotswap.events import EngineDied, HostDied, HostRestarted, Observer, ServiceDegraded
+from vllm_hotswap.models import EngineHost, Model, Pulse, Registry, drain
+from vllm_hotswap.residency import Ladder
+from vllm_hotswap.states import Residency, Step
+from vllm_hotswap.switching.activation import Activation
+from vllm_hotswap.switching.state import ServingState
+from vllm_hotswap.system import value_text
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -26,100 +30,154 @@ PING_S = 1.0
 """Interval at which the engine host is asked for a sign of life."""
 
 
-class Recoverable(Protocol):
-    """The coordinator, as far as recovery knows it."""
-
-    @property
-    def epoch(self) -> int: ...
-
-    @property
-    def is_host_down(self) -> bool: ...
-
-    @property
-    def needs_recovery(self) -> bool:
-        """Whether no model is active although one should be."""
-
-    def move_lock(self) -> AbstractAsyncContextManager[object]:
-        """Exclusive use of the host: entered once no other operation uses it."""
-
-    def host_restarted(self) -> None:
-        """Note that there is a host again, with nothing loaded."""
-
-    async def bring_back(self) -> None:
-        """Make the last active model the active one. Raises `HotswapError`."""
-
-    def recovery_attempt_failed(self) -> None:
-        """Note a failed attempt; until the next one, another model may be tried."""
-
-    def give_up(self, why: str) -> None:
-        """Stop serving for good."""
-
-
 class Recovery:
-    """One recovery task at a time, and a watch over the host.
+    """Recovers from deaths in one task at a time, and watches over the host.
 
-    The mutable state is `_task`, `_attempts_s` (times of the attempts to recover), `_deaths_s`
-    (times of the host's deaths), `restarts`, `failure` and `is_degraded`.
+    It alone writes `host_down`, `recovery_failure`, `is_degraded` and `is_recovering` of the state.
+    Its own mutable state is `_task`, `_cleanups` (tasks that free failed engines), `_attempts_s`
+    (times of the attempts to recover), `_deaths_s` (times of the host's deaths) and `restarts`.
     """
 
     def __init__(
         self,
-        server: Recoverable,
+        state: ServingState,
+        registry: Registry,
         host: EngineHost,
+        ladder: Ladder,
+        activation: Activation,
         observer: Observer,
         settings: RecoveryConfig,
-        clock: Callable[[], float],
+        bring_back: Callable[[Model], Awaitable[None]],
+        attempt_failed: Callable[[], None],
     ) -> None:
-        self._server = server
+        """Args:
+        state: what the server does now.
+        registry: the models.
+        host: the engine host.
+        ladder: moves models.
+        activation: the pointer to the active model.
+        observer: is notified of deaths and of the host's restart.
+        settings: bounds and times.
+        bring_back: makes a model the active one. Raises `HotswapError`.
+        attempt_failed: called after a failed attempt; until the next one, another model may be
+            tried.
+        """
+        self._state = state
+        self._registry = registry
         self._host = host
+        self._ladder = ladder
+        self._activation = activation
         self._observer = observer
         self._settings = settings
-        self._clock = clock
+        self._bring_back = bring_back
+        self._attempt_failed = attempt_failed
         self._task: asyncio.Task[None] | None = None
+        self._cleanups: set[asyncio.Task[None]] = set()
         self._is_well = asyncio.Event()
         self._attempts_s: deque[float] = deque()
         self._deaths_s: deque[float] = deque()
         self.restarts = 0
         """Restarts of the engine host, so far."""
-        self.failure: str | None = None
-        """Why recovery is under way: what has died, or why the last attempt failed."""
-        self.is_degraded = False
-        """Whether an attempt has failed."""
+        host.on_engine_failed(self.engine_failed)
 
     def __repr__(self) -> str:
-        return f"<Recovery under_way={self.is_under_way} restarts={self.restarts}>"
+        return f"<Recovery under_way={self._state.is_recovering} restarts={self.restarts}>"
 
     @property
-    def is_under_way(self) -> bool:
-        return self._task is not None and not self._task.done()
+    def is_host_down(self) -> bool:
+        return self._state.host_down is not None or self._host.died.done()
 
-    def host_died(self, how: str) -> None:
+    # --- deaths -----------------------------------------------------------------------------
+
+    def follow_host(self) -> None:
+        """Notice when the host that is there now dies."""
+        self._host.died.add_done_callback(self._host_died)
+
+    def _host_died(self, died: asyncio.Future[str]) -> None:
+        """Fail every open request of every model explicitly, and begin recovery."""
+        if died.cancelled() or died is not self._host.died:
+            return  # the future of an earlier host
+        state = self._state
+        state.host_down = how = died.result()
+        for model in self._registry:
+            if model.residency is not Residency.COLD:
+                self._fail(model, how)
+            else:
+                _end_with_engine(model, how)  # requests that were parked with it
+        self._activation.clear()
+        self._observer.notify(HostDied(state.epoch, how))
+        if state.is_started and state.ended is None:
+            self._count_death(how)
+
+    def engine_failed(self, alias: str, cause: str, load: int) -> None:
+        """Fail the requests of an engine that died in a step; other engines continue."""
+        model = self._registry.model(alias)
+        if load != model.engine.loads:
+            log.info("event=stale_event_dropped model=%s load=%d", value_text(alias), load)
+            return
+        self._fail(model, cause)
+        self._observer.notify(EngineDied(self._state.epoch, alias, cause))
+        if model is self._state.active:
+            self._activation.clear()
+        self._ladder.give_up_wakes()  # recovery comes first
+        cleanup = asyncio.create_task(self._free_failed_engines())
+        self._cleanups.add(cleanup)
+        cleanup.add_done_callback(self._cleanups.discard)
+        self.begin_if_needed(f"the engine of {alias!r} died: {cause}")
+
+    async def _free_failed_engines(self) -> None:
+        """Free what a dead engine still holds now, rather than at the next switch."""
+        try:
+            async with self._ladder.move_lock():
+                await self._ladder.free_failed_engines()
+        except HotswapError as error:  # the host has died, or the next `make_room` reports it
+            log.warning("event=bury_failed cause=%r", one_line(error))
+
+    def _fail(self, model: Model, cause: str) -> None:
+        model.failure = cause
+        if model.residency is not Residency.FAILED:
+            self._ladder.step(model, Step.FAIL)
+        _end_with_engine(model, cause)
+
+    def _count_death(self, how: str) -> None:
         """Count a death of the host. Recovery begins, or the server is given up."""
         self._remember(self._deaths_s)
         if len(self._deaths_s) > self._settings.max_restarts:
-            self._server.give_up(
+            self._state.give_up(
                 f"{how}; this was death {len(self._deaths_s)} within "
                 f"{self._settings.restart_window:g} s (recovery.max_restarts)"
             )
         else:
-            self.begin(how)
+            self._begin(how)
 
-    def begin(self, why: str) -> None:
-        """Start to recover, unless that is under way already."""
-        self.failure = why
-        if not self.is_under_way:
+    # --- the way back -----------------------------------------------------------------------
+
+    def begin_if_needed(self, why: str) -> None:
+        """Start to recover if no model is active, and nothing under way will change that."""
+        state = self._state
+        if state.needs_recovery and state.switch is None and not state.is_recovering:
+            self._begin(why)
+
+    def _begin(self, why: str) -> None:
+        self._state.recovery_failure = why
+        if not self._state.is_recovering:
+            self._state.is_recovering = True
             self._task = asyncio.create_task(self._run(), name="recovery")
 
     async def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        self._state.is_recovering = False  # a task that has not begun to run ends without a trace
 
     async def _run(self) -> None:
-        while self._server.needs_recovery:
-            await self._pause(self._backoff_s())
-            await self._try()
-        self.failure, self.is_degraded = None, False
+        try:
+            while self._state.needs_recovery:
+                await self._pause(self._backoff_s())
+                await self._try()
+            self._note_success()
+        finally:
+            self._state.is_recovering = False
 
     async def _pause(self, seconds: float) -> None:
         """Wait for so many seconds, or until a model is active."""
@@ -130,11 +188,14 @@ class Recovery:
 
     def succeeded(self) -> None:
         """Note that a model is active, which ends the wait for the next attempt."""
-        self.failure, self.is_degraded = None, False
+        self._note_success()
         self._is_well.set()
 
+    def _note_success(self) -> None:
+        self._state.recovery_failure, self._state.is_degraded = None, False
+
     async def _try(self) -> None:
-        if not self._server.needs_recovery:
+        if not self._state.needs_recovery:
             return  # a switch has made a model active during the wait
         self._remember(self._attempts_s)
         try:
@@ -146,25 +207,27 @@ class Recovery:
             self._failed(error)
 
     async def _attempt(self) -> None:
-        if self._server.is_host_down:
+        if self.is_host_down:
             await self._restart()
-        await self._server.bring_back()
+        assert self._state.last_active is not None
+        await self._bring_back(self._state.last_active)
 
     async def _restart(self) -> None:
-        started_s = self._clock()
-        async with self._server.move_lock():
+        started_s = self._state.clock()
+        async with self._ladder.move_lock():
             try:
                 await self._start_host(self._settings.load_timeout)
             except Exception as error:
                 why = f"the engine host could not be started: {one_line(error)}"
                 self._host.kill(why)
-                self._observer.notify(HostDied(self._server.epoch, why))
-                self.host_died(why)  # starts no second task: this one tries again
+                self._observer.notify(HostDied(self._state.epoch, why))
+                self._count_death(why)  # starts no second task: this one tries again
                 raise
             self.restarts += 1
-            self._server.host_restarted()
-        took_s = self._clock() - started_s
-        self._observer.notify(HostRestarted(self._server.epoch, self.restarts, took_s))
+            self._state.host_down = None
+            self.follow_host()
+        took_s = self._state.clock() - started_s
+        self._observer.notify(HostRestarted(self._state.epoch, self.restarts, took_s))
 
     async def _start_host(self, timeout_s: float) -> None:
         try:
@@ -174,10 +237,10 @@ class Recovery:
             raise HotswapError(f"it was not ready within {timeout_s:g} s") from None
 
     def _failed(self, error: Exception) -> None:
-        self.failure, self.is_degraded = one_line(error), True
-        event = ServiceDegraded(self._server.epoch, self.failure, self._backoff_s())
-        self._observer.notify(event)
-        self._server.recovery_attempt_failed()
+        failure = one_line(error)
+        self._state.recovery_failure, self._state.is_degraded = failure, True
+        self._observer.notify(ServiceDegraded(self._state.epoch, failure, self._backoff_s()))
+        self._attempt_failed()
 
     def _backoff_s(self) -> float:
         """Return 0 before the first attempt, then 1, 2, 4 ... seconds while attempts come often."""
@@ -190,10 +253,10 @@ class Recovery:
 
     def _remember(self, times_s: deque[float]) -> None:
         self._forget(times_s)
-        times_s.append(self._clock())
+        times_s.append(self._state.clock())
 
     def _forget(self, times_s: deque[float]) -> None:
-        while times_s and times_s[0] <= self._clock() - self._settings.restart_window:
+        while times_s and times_s[0] <= self._state.clock() - self._settings.restart_window:
             times_s.popleft()
 
     # --- watching ---------------------------------------------------------------------------
@@ -210,7 +273,7 @@ class Recovery:
             while True:
                 asking = asking or asyncio.create_task(self._host.ping())
                 await asyncio.sleep(PING_S)
-                if self._server.is_host_down:  # or starting, which has a deadline of its own
+                if self.is_host_down:  # or starting, which has a deadline of its own
                     silent_s = 0.0
                     continue
                 if asking.done():
@@ -235,3 +298,7 @@ class Recovery:
             self._host.kill(
                 f"the engine host was stopped: one step took {step_s:.0f} s (recovery.step_timeout)"
             )
+
+
+def _end_with_engine(model: Model, cause: str) -> None:
+    drain.end(model.leases, EngineUnavailable(f"the engine of {model.alias!r} died: {cause}"))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm_hotswap.config import DrainAction
-from vllm_hotswap.models import Lease, Model
+from vllm_hotswap.models import Model
 from vllm_hotswap.residency import Move
 from vllm_hotswap.states import Residency, SwitchPhase
 
@@ -74,9 +74,12 @@ class Switch:
     memory_before_bytes: int = 0
     memory_unloaded_bytes: int = 0
     evicted: tuple[Move, ...] = ()
-    held: dict[asyncio.Future[Lease], asyncio.Task[object] | None] = field(default_factory=dict)
-    """Requests that wait for the target, in order of arrival, each with its task."""
     task: asyncio.Task[SwitchResult] | None = None
+
+    @property
+    def is_patient(self) -> bool:
+        """Whether running requests are parked or waited for, however long they take."""
+        return self.automatic and self.policy == "park"
 
     @property
     def drain_s(self) -> float:

@@ -71,7 +71,7 @@ class AdapterRoutes:
     async def add(self, request: Request) -> Response:
         options = parse_body(AdapterOptions, await request.body())
         folder = self._folder(options.path, "path")
-        adapter = await self._coordinator.add_adapter(
+        adapter = await self._coordinator.operations.add_adapter(
             request.path_params["alias"],
             options.name,
             folder,
@@ -86,7 +86,7 @@ class AdapterRoutes:
     async def remove(self, request: Request) -> Response:
         name = request.path_params["name"]
         model = self._coordinator.registry.model(request.path_params["alias"])
-        in_flight = self._coordinator.remove_adapter(model.alias, name)
+        in_flight = self._coordinator.operations.remove_adapter(model.alias, name)
         return JSONResponse(
             {
                 "operation": "remove_adapter",
@@ -104,7 +104,9 @@ class AdapterRoutes:
         if alias is None:
             raise EngineUnavailable("no model is active; name one in model")
         name, is_3d = options.lora_name, options.is_3d_lora_weight
-        await self._coordinator.add_adapter(alias, name, folder, is_3d, options.load_inplace)
+        await self._coordinator.operations.add_adapter(
+            alias, name, folder, is_3d, options.load_inplace
+        )
         return self._answer(alias, f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_as_vllm(self, request: Request) -> Response:
@@ -112,7 +114,7 @@ class AdapterRoutes:
         options = parse_body(UnloadOptions, await request.body())
         name = options.lora_name
         alias = options.model or options.base_model_name or self._owner(name)
-        self._coordinator.remove_adapter(alias, name)
+        self._coordinator.operations.remove_adapter(alias, name)
         return self._answer(alias, f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _answer(self, alias: str, text: str) -> Response:

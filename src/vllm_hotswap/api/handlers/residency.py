@@ -88,7 +88,7 @@ class Operations:
 
     async def announce(self, request: Request) -> Response:
         options = parse_body(NextOptions, await request.body())
-        announced = self._coordinator.announce(options.model)
+        announced = self._coordinator.operations.announce(options.model)
         body: NextAnswer = {
             "model": announced.model.alias,
             "residency": announced.model.residency.value,
@@ -100,35 +100,37 @@ class Operations:
 
     async def load(self, request: Request) -> Response:
         alias, _ = await self._read(request, NoOptions)
-        return JSONResponse(operation_body(await self._coordinator.load(alias)))
+        return JSONResponse(operation_body(await self._coordinator.operations.load(alias)))
 
     async def unload(self, request: Request) -> Response:
         alias, _ = await self._read(request, NoOptions)
-        return JSONResponse(operation_body(await self._coordinator.unload(alias)))
+        return JSONResponse(operation_body(await self._coordinator.operations.unload(alias)))
 
     async def sleep(self, request: Request) -> Response:
         alias, options = await self._read(request, SleepOptions)
-        return JSONResponse(operation_body(await self._coordinator.sleep(alias, options.level)))
+        return JSONResponse(
+            operation_body(await self._coordinator.operations.sleep(alias, options.level))
+        )
 
     async def wake(self, request: Request) -> Response:
         alias, _ = await self._read(request, NoOptions)
-        return JSONResponse(operation_body(await self._coordinator.wake(alias)))
+        return JSONResponse(operation_body(await self._coordinator.operations.wake(alias)))
 
     async def prefetch(self, request: Request) -> Response:
         alias, options = await self._read(request, PrefetchOptions)
         if options.cancel:
-            self._coordinator.cancel_prefetch(alias)
+            self._coordinator.operations.cancel_prefetch(alias)
             cancelled: CancelAnswer = {
                 "operation": "prefetch",
                 "model": alias,
                 "cancelled": True,
             }
             return JSONResponse(cancelled)
-        return JSONResponse(operation_body(await self._coordinator.prefetch(alias)))
+        return JSONResponse(operation_body(await self._coordinator.operations.prefetch(alias)))
 
     async def pin(self, request: Request) -> Response:
         alias, options = await self._read(request, PinOptions)
-        self._coordinator.pin(alias, options.pinned)
+        self._coordinator.operations.pin(alias, options.pinned)
         answer: PinAnswer = {"operation": "pin", "model": alias, "pinned": options.pinned}
         return JSONResponse(answer)
 
