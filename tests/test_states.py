@@ -1,4 +1,4 @@
-"""The residency ladder: the table's steps work, and all others are refused."""
+"""The tables of states: their steps work, and all others are refused."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import pytest
 from vllm_hotswap.states import (
     DOWN,
     LADDER,
+    REQUEST_TRANSITIONS,
     TRANSITIONS,
     IllegalTransition,
+    RequestState,
+    RequestStep,
     Residency,
     Step,
     advance,
+    advance_request,
     is_below,
 )
 
@@ -96,5 +100,42 @@ def test_step_that_is_not_listed_is_refused(residency: Residency, step: Step) ->
         advance("llama", residency, step)
 
     assert f"model 'llama' is {residency.value}: step {step.value!r} is not possible" == str(
+        caught.value
+    )
+
+
+REQUEST_LEGAL = [(state, step) for state, steps in REQUEST_TRANSITIONS.items() for step in steps]
+REQUEST_ILLEGAL = sorted(set(product(RequestState, RequestStep)) - set(REQUEST_LEGAL))
+
+
+def test_every_state_of_a_request_is_reached_and_can_end() -> None:
+    """Every state has a row, is reached from `entered`, and leads to `over`."""
+    assert set(RequestState) == set(REQUEST_TRANSITIONS)
+    reached = {RequestState.ENTERED}
+    for _ in RequestState:
+        reached |= {to for state in reached for to in REQUEST_TRANSITIONS[state].values()}
+
+    assert set(RequestState) == reached
+    for state in set(RequestState) - {RequestState.OVER}:
+        assert RequestState.OVER is advance_request("llama", state, RequestStep.END)
+
+
+def test_a_request_that_has_been_cut_is_not_revived() -> None:
+    """From `ending` and `over`, no step leads to any other state than these."""
+    dead = {RequestState.ENDING, RequestState.OVER}
+
+    assert all(set(REQUEST_TRANSITIONS[state].values()) <= dead for state in dead)
+    assert {RequestState.OVER} == set(REQUEST_TRANSITIONS[RequestState.OVER].values())
+
+
+@pytest.mark.parametrize(("state", "step"), REQUEST_ILLEGAL)
+def test_step_of_a_request_that_is_not_listed_is_refused(
+    state: RequestState, step: RequestStep
+) -> None:
+    """An unlisted step raises, and the message names the model, the state and the step."""
+    with pytest.raises(IllegalTransition) as caught:
+        advance_request("llama", state, step)
+
+    assert f"a request of 'llama' is {state.value}: step {step.value!r} is not possible" == str(
         caught.value
     )

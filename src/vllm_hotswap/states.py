@@ -1,7 +1,8 @@
-"""Residency of a model and phases of a switch, with their transition tables.
+"""Residency of a model, state of a request and phases of a switch, with their transition tables.
 
-Nothing else in the package changes a residency: callers use `advance`, which refuses
-what the table does not list. The tables are printed into `docs/residency.md`.
+Nothing else in the package changes a residency or a request's state: callers use `advance` and
+`advance_request`, which refuse what the tables do not list. The table of residencies is printed
+into `docs/residency.md`, that of requests into `docs/design.md`.
 """
 
 from __future__ import annotations
@@ -128,6 +129,69 @@ class SwitchPhase(StrEnum):
     VERIFY = "verify"
 
 
+class RequestState(StrEnum):
+    """Where a request is between its entry and its last byte."""
+
+    ENTERED = "entered"
+    """It has a model. Its engine has nothing of it yet, or has no more to do for it now."""
+    WAITING = "waiting"
+    """It waits for its turn, in the mode `auto`."""
+    ADMITTED = "admitted"
+    """It has had its turn: a drain of its model waits for it."""
+    PARKED = "parked"
+    """It is frozen with its engine."""
+    ENDING = "ending"
+    """It has been aborted, and has a moment to tell its client."""
+    OVER = "over"
+
+
+class RequestStep(StrEnum):
+    """What may happen to a request."""
+
+    WAIT = "wait"
+    ADMIT = "admit"
+    PARK = "park"
+    RESUME = "resume"
+    SUSPEND = "suspend"
+    """An idle WebSocket leaves a drain."""
+    CUT = "cut"
+    END = "end"
+
+
+REQUEST_TRANSITIONS: Mapping[RequestState, Mapping[RequestStep, RequestState]] = {
+    RequestState.ENTERED: {
+        RequestStep.WAIT: RequestState.WAITING,
+        RequestStep.ADMIT: RequestState.ADMITTED,
+        RequestStep.CUT: RequestState.ENDING,
+        RequestStep.END: RequestState.OVER,
+    },
+    RequestState.WAITING: {
+        RequestStep.ADMIT: RequestState.ADMITTED,
+        RequestStep.CUT: RequestState.ENDING,
+        RequestStep.END: RequestState.OVER,
+    },
+    RequestState.ADMITTED: {
+        RequestStep.PARK: RequestState.PARKED,
+        RequestStep.SUSPEND: RequestState.ENTERED,
+        RequestStep.CUT: RequestState.ENDING,
+        RequestStep.END: RequestState.OVER,
+    },
+    RequestState.PARKED: {
+        RequestStep.RESUME: RequestState.ADMITTED,
+        RequestStep.CUT: RequestState.ENDING,
+        RequestStep.END: RequestState.OVER,
+    },
+    # Its turn may still come while it ends, and a WebSocket may become idle: neither revives it.
+    RequestState.ENDING: {
+        RequestStep.ADMIT: RequestState.ENDING,
+        RequestStep.SUSPEND: RequestState.ENDING,
+        RequestStep.END: RequestState.OVER,
+    },
+    # Whatever ends all requests may find one that has ended by itself a moment ago.
+    RequestState.OVER: {RequestStep.CUT: RequestState.OVER},
+}
+
+
 class ServerState(StrEnum):
     """What the server as a whole is doing."""
 
@@ -145,12 +209,10 @@ class ServerState(StrEnum):
 
 
 class IllegalTransition(HotswapError):
-    """The table has no such step. The residency stays as it was."""
+    """The table has no such step. The state stays as it was."""
 
-    def __init__(self, alias: str, residency: Residency, step: Step) -> None:
-        super().__init__(
-            f"model {alias!r} is {residency.value}: step {step.value!r} is not possible"
-        )
+    def __init__(self, what: str, state: StrEnum, step: StrEnum) -> None:
+        super().__init__(f"{what} is {state.value}: step {step.value!r} is not possible")
 
 
 def advance(alias: str, residency: Residency, step: Step) -> Residency:
@@ -162,4 +224,16 @@ def advance(alias: str, residency: Residency, step: Step) -> Residency:
     try:
         return TRANSITIONS[residency][step]
     except KeyError:
-        raise IllegalTransition(alias, residency, step) from None
+        raise IllegalTransition(f"model {alias!r}", residency, step) from None
+
+
+def advance_request(alias: str, state: RequestState, step: RequestStep) -> RequestState:
+    """Return the state of a request after `step`.
+
+    Raises:
+        IllegalTransition: the table does not list `step` for `state`.
+    """
+    try:
+        return REQUEST_TRANSITIONS[state][step]
+    except KeyError:
+        raise IllegalTransition(f"a request of {alias!r}", state, step) from None

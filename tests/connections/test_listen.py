@@ -410,10 +410,11 @@ def test_a_folder_in_which_no_file_can_be_made_is_named(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
+    parsed = flags()  # first: it reads a file
     monkeypatch.setattr(Path, "open", refuse)
 
     with pytest.raises(ConfigError, match="port' cannot be written: Disk quota exceeded"):
-        Listener.open(flags(), flags=ListenFlags(port_file=tmp_path / "port"))
+        Listener.open(parsed, flags=ListenFlags(port_file=tmp_path / "port"))
     assert [] == list(tmp_path.iterdir())
 
 

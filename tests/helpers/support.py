@@ -29,6 +29,7 @@ from vllm_hotswap.models.engine import Engine
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.models.registry import Lease, Model, ModelSettings
 from vllm_hotswap.scheduling.scheduler import DEFAULT_TERMS, RequestTerms
+from vllm_hotswap.states import RequestStep
 from vllm_hotswap.switching.auto import AutoAdmission
 from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
 
@@ -45,9 +46,11 @@ async def settled() -> None:
 
 
 def lease(alias: str = "llama", epoch: int = 1, **fields: Any) -> Lease:
-    """Make a lease on a model that has no engine."""
+    """Make the lease of an admitted request; its model has no engine."""
     model = Model(alias, cast("Engine", None))
-    return Lease(model, epoch, **{"task": None, **fields})
+    made = Lease(model, epoch, **{"task": None, **fields})
+    made.step(RequestStep.ADMIT)
+    return made
 
 
 class Recorder:

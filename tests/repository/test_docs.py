@@ -19,7 +19,7 @@ from vllm_hotswap.cli.main import make_parser
 from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.demo.quickstart import write
-from vllm_hotswap.states import TRANSITIONS, Residency, Step, SwitchPhase
+from vllm_hotswap.states import REQUEST_TRANSITIONS, TRANSITIONS, Residency, Step, SwitchPhase
 from vllm_hotswap.telemetry.metrics import SwitchMetrics
 from vllm_hotswap.testing.fake_engine import FakeHost
 
@@ -133,6 +133,17 @@ def test_the_table_of_steps_is_the_one_of_the_code() -> None:
         for state, steps in TRANSITIONS.items()
     }
     assert all(Step.FAIL in TRANSITIONS[state] for state in Residency if state != "failed")
+
+
+def test_the_table_of_requests_is_the_one_of_the_code() -> None:
+    """The design page has every step of every state of a request, and no other."""
+    lines = re.findall(r"^\| `(\w+)` \| (`\w+`: .*) \|$", page("design.md"), re.MULTILINE)
+    written = {state: dict(re.findall(r"`(\w+)`: (\w+)", steps)) for state, steps in lines}
+
+    assert written == {
+        state.value: {step.value: to.value for step, to in steps.items()}
+        for state, steps in REQUEST_TRANSITIONS.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/install.md", "docs/guides/gaudi.md"])

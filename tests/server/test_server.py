@@ -566,7 +566,7 @@ async def test_standard_streams_that_cannot_be_written_do_not_end_a_server(
 def test_a_log_whose_reader_has_left_is_given_up_in_silence() -> None:
     """A log whose reader has left is given up silently, also a library's on standard output."""
     code = (
-        "import logging, sys; from vllm_hotswap.telemetry.progress import configure_logging; "
+        "import logging, sys; from vllm_hotswap.system import configure_logging; "
         "configure_logging(); logging.basicConfig(stream=sys.stdout); logging.warning('lost'); "
         "import os; os._exit(0)"
     )

@@ -11,7 +11,7 @@ import pytest
 from vllm_hotswap.system import terminal
 
 NAME = "模型"
-PREPARED = "from vllm_hotswap import terminal; terminal.prepare(); "
+PREPARED = "from vllm_hotswap.system import terminal; terminal.prepare(); "
 
 
 def run(code: str, *, shell: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -60,7 +60,7 @@ def test_streams_that_are_closed_are_the_null_device(shell: str) -> None:
 def test_what_nobody_takes_is_dropped(shell: str) -> None:
     """Output without a reader is dropped: the caller learns it; nothing raises, even at exit."""
     code = (
-        "from vllm_hotswap import terminal; import sys; "
+        "from vllm_hotswap.system import terminal; import sys; "
         "sys.exit(3 if terminal.write_text('lost') else (print('more'), 5)[1])"
     )
 
@@ -72,7 +72,7 @@ def test_what_nobody_takes_is_dropped(shell: str) -> None:
 def test_a_reader_that_has_left_is_noticed_without_an_error() -> None:
     """A reader that has left, as of `vllm-hotswap ... | head`, is noticed without an error."""
     code = (
-        "from vllm_hotswap import terminal; import sys, os; r, w = os.pipe(); os.close(r); "
+        "from vllm_hotswap.system import terminal; import sys, os; r, w = os.pipe(); os.close(r); "
         "os.dup2(w, 1); heard = [terminal.write_text('x') for _ in range(2)]; print('more'); "
         "sys.exit(0 if heard == [False, True] else 1)"
     )

@@ -44,6 +44,7 @@ from vllm_hotswap.errors import (
 )
 from vllm_hotswap.models import WEBSOCKET, Lease, Model, current_lease, drain, request_of
 from vllm_hotswap.scheduling import RequestTerms
+from vllm_hotswap.states import RequestStep
 from vllm_hotswap.switching import Coordinator
 from vllm_hotswap.system import Bounds, log_of_clients
 from vllm_hotswap.tasks import Turns, at_once
@@ -268,7 +269,7 @@ class Router:
         try:
             await self._answer(lease, scope, client, answer)
         finally:
-            lease.is_over = True
+            lease.step(RequestStep.END)
             following.stop()
 
     async def _route(

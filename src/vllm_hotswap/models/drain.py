@@ -11,6 +11,7 @@ from functools import partial
 
 from vllm_hotswap.errors import ParkedEnded
 from vllm_hotswap.models.registry import Cut, Lease, Model
+from vllm_hotswap.states import RequestStep
 
 CUT_GRACE_S = 5.0
 """Seconds that an aborted request gets to notice, and then again to send its error."""
@@ -47,7 +48,7 @@ def recheck(model: Model) -> None:
 
 def release(model: Model, lease: Lease) -> None:
     """Give a lease back: its request is over."""
-    lease.is_over = True
+    lease.step(RequestStep.END)
     lease.settle()
     model.leases.pop(lease, None)
     if not is_running(model):

@@ -29,7 +29,15 @@ from vllm_hotswap.events import RequestResult
 from vllm_hotswap.models.engine import Engine
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.scheduling import DEFAULT_TERMS, RequestTerms, Ticket
-from vllm_hotswap.states import Residency, Step, WakeProgress, advance
+from vllm_hotswap.states import (
+    RequestState,
+    RequestStep,
+    Residency,
+    Step,
+    WakeProgress,
+    advance,
+    advance_request,
+)
 from vllm_hotswap.system import Bounds
 
 Cut = (
@@ -93,13 +101,12 @@ class Lease:
     """The response's, once that has started."""
     is_answered: bool = False
     """Whether the last byte of the response was sent, or is set aside with a refusal."""
-    is_over: bool = False
-    """Whether all work on it has ended."""
     was_cut: bool = False
     """Whether it was still open when it was cut, so that something is missing now."""
     name: str | None = None
     """The model name in the request: an alias, an adapter, or None."""
-    is_parked: bool = False
+    state: RequestState = RequestState.ENTERED
+    """Changes only through `step`."""
     on_park: Callable[[], object] | None = None
     gate: asyncio.Future[None] | None = None
     """Holds back the response until it is done: the engine has not been verified yet."""
@@ -155,6 +162,19 @@ class Lease:
         """The alias of its model."""
         return self.model.alias
 
+    def step(self, step: RequestStep) -> None:
+        """Move on in the table of a request's states. Raises `IllegalTransition`."""
+        self.state = advance_request(self.alias, self.state, step)
+
+    @property
+    def is_parked(self) -> bool:
+        return self.state is RequestState.PARKED
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all work on it has ended."""
+        return self.state is RequestState.OVER
+
     @property
     def result(self) -> RequestResult:
         """How the request ended, for statistics."""
@@ -178,6 +198,7 @@ class Lease:
 
     def admit(self, epoch: int, now_s: float) -> None:
         """Give it its turn."""
+        self.step(RequestStep.ADMIT)
         self.switched = epoch - self.epoch
         self.epoch = self.first_epoch = epoch
         self.admitted_s, self.wait_for_turn = now_s, None
@@ -199,6 +220,7 @@ class Lease:
         if self.cut is None:
             self.was_cut = self.is_open  # read first: it is False once `cut` is set
             self.cut = cause  # before `settle`, which would start the countdowns again
+            self.step(RequestStep.CUT)
             if self.work is not None:
                 self.work.cancel()
             self.settle()
@@ -212,7 +234,7 @@ class Lease:
 
     def park(self, timeout_s: float, expire: Callable[[], object]) -> None:
         """Freeze the request; call `expire` unless it continues within `timeout_s`."""
-        self.is_parked = True
+        self.step(RequestStep.PARK)
         self.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
         for countdown in self.countdowns.values():
             countdown.stop()
@@ -249,7 +271,8 @@ class Lease:
 
     def settle(self) -> None:
         """Continue or end: no longer parked, and output that was held back is sent."""
-        self.is_parked = False
+        if self.is_parked:
+            self.step(RequestStep.RESUME)
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None

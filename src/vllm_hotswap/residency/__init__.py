@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from vllm_hotswap.residency.ladder import Ladder, OperationResult, refuse_failed, up_cost_s
-from vllm_hotswap.residency.lookahead import Announcement, Lookahead
+from vllm_hotswap.residency.lookahead import Lookahead
 from vllm_hotswap.residency.operations import Operations
 from vllm_hotswap.residency.planner import Move, Plan
 
 __all__ = [
-    "Announcement",
     "Ladder",
     "Lookahead",
     "Move",

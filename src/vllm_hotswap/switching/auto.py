@@ -39,7 +39,7 @@ from vllm_hotswap.scheduling import (
     batch,
     make_policy,
 )
-from vllm_hotswap.states import Residency, SwitchPhase
+from vllm_hotswap.states import RequestStep, Residency, SwitchPhase
 from vllm_hotswap.switching.admission import Leases, Preview, crowding_refusal
 from vllm_hotswap.switching.backoff import BackOff
 from vllm_hotswap.switching.state import ServingState
@@ -202,6 +202,7 @@ class AutoAdmission:
         for lease in idle:
             self._leave(lease)
             model.leases.pop(lease)
+            lease.step(RequestStep.SUSPEND)
             lease.settle()
             self._register(model, lease)
         return any(lease.is_connection for lease in model.leases)
@@ -281,6 +282,7 @@ class AutoAdmission:
             return None
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._leases[ticket] = (lease, future)
+        lease.step(RequestStep.WAIT)
         if (switch := self._state.switch) is not None and switch.source is not None:
             drain.recheck(switch.source)  # this request may be due before the drain's deadline
         self.advance()
