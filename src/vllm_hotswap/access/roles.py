@@ -13,9 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Literal
-
-from starlette.datastructures import Headers
+from typing import TYPE_CHECKING, Literal
 
 from vllm_hotswap.access.keys import Key, Keys, KeySource, split_keys
 from vllm_hotswap.access.rights import (
@@ -30,6 +28,9 @@ from vllm_hotswap.access.rights import (
 )
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
 from vllm_hotswap.scheduling import DEFAULT_TERMS, RequestTerms
+
+if TYPE_CHECKING:  # clients of a server do without Starlette
+    from starlette.datastructures import Headers
 
 log = logging.getLogger("vllm_hotswap")
 

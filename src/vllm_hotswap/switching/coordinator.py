@@ -78,9 +78,7 @@ class Coordinator:
         self.operations = Operations(
             registry, ladder, self.lookahead, self.usable, deadlines.command_timeout
         )
-        self._activation = Activation(
-            state, ladder, observer, settings.verify, self._on_serving
-        )
+        self._activation = Activation(state, ladder, observer, settings.verify, self._on_serving)
         self._leases = Leases(state, observer, limits.in_flight, lambda: self.admission)
         if settings.mode == "auto":
             self.admission = AutoAdmission(
