@@ -101,8 +101,11 @@ class Turns:
             future = self._begin(lease, ticket, tokens)
         if future is not None:
             timeout_s = lease.arrived_s + self._wait_timeout_s - self._clock()
-            # `wait`, not `wait_for`: a timeout or a cancellation here must not cancel the future,
-            # for which the request's other engine requests may wait, too.
+            # Two things that look simpler here would be wrong. `wait_for` would cancel the future
+            # at a timeout, or when this task is cancelled, although other engine requests of the
+            # same request wait for it, too. And a lease that this task were to grant, once it has
+            # its turn, would come late: a switch that begins before the task runs would not find
+            # the lease, so it would not drain it, and would stop the engine under it.
             await asyncio.wait([future], timeout=max(0.0, timeout_s))
             if not future.done():
                 self._time_out(lease)
