@@ -16,6 +16,7 @@ from typing import Protocol
 from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.errors import (
     EngineUnavailable,
+    HotswapError,
     QueueFull,
     RateLimited,
     SwitchFailed,
@@ -157,12 +158,12 @@ class AutoAdmission:
         """
         if self._state.why_down is not None:
             raise EngineUnavailable(self._state.why_down)
-        lease = self._enter(model, terms)
+        lease = self._enter(model, name, terms)
         if model.engine.routes is None:
             await self._wait_for_frontend(model, lease, preview)
         return lease
 
-    def _enter(self, model: Model, terms: RequestTerms) -> Lease:
+    def _enter(self, model: Model, name: str | None, terms: RequestTerms) -> Lease:
         if refused := self._switch_refusal(model, terms):
             raise refused
         if model is not self._state.active:
@@ -170,8 +171,7 @@ class AutoAdmission:
         self._leases.refuse_if_full(model, retry_after_s=partial(self.retry_after_s, model))
         if not self._is_served_now(model) and (crowded := self._crowding_refusal(model)):
             raise crowded
-        lease = Lease(model, self._state.epoch, asyncio.current_task())
-        lease.terms = terms
+        lease = Lease(model, self._state.epoch, asyncio.current_task(), name=name, terms=terms)
         self._turns.register(lease)
         return lease
 
@@ -184,7 +184,11 @@ class AutoAdmission:
                 await self._turns.wait(lease)
             if lease.cut is not None:
                 raise lease.cut
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                lease.client_left = lease.cut is None
+            elif lease.status < 400:  # a preview that refuses has set it
+                lease.status = error.status if isinstance(error, HotswapError) else 500
             self._leases.release(lease)
             raise
 
@@ -202,10 +206,10 @@ class AutoAdmission:
 
     def _switch_refusal(self, model: Model, terms: RequestTerms) -> SwitchNotAllowed | None:
         """Return why a request may not wait for the model, if waiting would cause a switch."""
-        coming = self._state.coming
-        if terms.may_switch or model is coming:
+        expected = self._state.expected
+        if terms.may_switch or model is expected:
             return None
-        now = f"{coming.alias!r} is active, or about to be" if coming else "no model is active"
+        now = f"{expected.alias!r} is active, or about to be" if expected else "no model is active"
         return SwitchNotAllowed(
             f"this key may not trigger a switch to {model.alias!r} ({terms.rule}); {now}; use "
             f"another model, or retry when {model.alias!r} is active"
@@ -333,14 +337,14 @@ class AutoAdmission:
         at_most_s = self._settings.parked_timeout / 2
         self.scheduler.park(reversed(frozen), self._clock(), at_most_s)
 
-    def held_until(self, until_s: float | None) -> None:
+    def leased_until(self, until_s: float | None) -> None:
         """Note until when a job holds the active model: perhaps for ever, or not at all (None)."""
         self.scheduler.leased_until_s = until_s
         self.advance()
 
-    def activated(self, model: Model, held_until_s: float | None) -> None:
+    def activated(self, model: Model, leased_until_s: float | None) -> None:
         """Admit requests of a model that is now active and verified."""
-        self.scheduler.leased_until_s = held_until_s
+        self.scheduler.leased_until_s = leased_until_s
         if self._is_closed:
             return
         self._backoff.succeeded(model)
@@ -389,4 +393,4 @@ class AutoAdmission:
         """Make no further decisions, and abort requests that have not had their turn."""
         self._is_closed = True
         self._cancel_timer()
-        self._turns.end(self._turns, cause)
+        self._turns.close(cause)

@@ -67,7 +67,7 @@ class Coordinator:
         deadlines = recovery or RecoveryConfig()
         self._host = host
         self._settings = settings
-        self._state = state = ServingState(clock)
+        self._state = state = ServingState(clock, host)
         self.registry = registry = Registry(host.engines, model_settings)
         self.ladder = ladder = Ladder(
             registry, host, observer, clock, lambda: state.epoch, deadlines
@@ -284,8 +284,8 @@ class Coordinator:
         """
         if name is not None:
             return self.registry.resolve(name)
-        assert self._state.coming is not None
-        return self._state.coming
+        assert self._state.expected is not None
+        return self._state.expected
 
     def reserve(self, model: Model, requests: int) -> AbstractContextManager[None]:
         """Reserve room for a request that becomes several engine requests, while the body runs.
@@ -352,7 +352,7 @@ class Coordinator:
     def leases_changed(self) -> None:
         """Note that jobs hold another model than before, or until another time."""
         self._state.touch()
-        self.admission.held_until(self._switcher.held_until_s)
+        self.admission.leased_until(self._switcher.leased_until_s)
 
     def plan(self, alias: str) -> Plan:
         """Plan a switch to `alias` without doing it. Raises `UnknownModel`, `NoRoom`."""

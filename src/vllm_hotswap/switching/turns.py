@@ -20,7 +20,8 @@ from vllm_hotswap.switching.admission import Leases
 class Turns:
     """Registers requests, lets them wait for their turn, and forgets them.
 
-    The mutable state is `_waiting`: the lease of each ticket, with a future if its request waits.
+    The mutable state is `_waiting`: the lease of each ticket, with a future if its request waits;
+    and `_closed_with`: why no request gets a turn any more.
     """
 
     def __init__(
@@ -33,14 +34,16 @@ class Turns:
         is_served_now: Callable[[Model], bool],
         on_arrival: Callable[[], None],
     ) -> None:
-        """Args:
-        scheduler: the queues of waiting requests.
-        leases: grants a request its turn.
-        clock: seconds, monotonic.
-        wait_timeout_s: the longest wait; then the request is refused.
-        refusal: returns why a request that asks for its turn is refused, or None.
-        is_served_now: whether requests of a model are admitted now.
-        on_arrival: called when a request has begun to wait.
+        """Begin without requests.
+
+        Args:
+            scheduler: the queues of waiting requests.
+            leases: grants a request its turn.
+            clock: seconds, monotonic.
+            wait_timeout_s: the longest wait; then the request is refused.
+            refusal: returns why a request that asks for its turn is refused, or None.
+            is_served_now: whether requests of a model are admitted now.
+            on_arrival: called when a request has begun to wait.
         """
         self._scheduler = scheduler
         self._leases = leases
@@ -49,6 +52,7 @@ class Turns:
         self._refusal = refusal
         self._is_served_now = is_served_now
         self._on_arrival = on_arrival
+        self._closed_with: Cut | None = None
         self._waiting: dict[Ticket, tuple[Lease, asyncio.Future[None] | None]] = {}
 
     def __repr__(self) -> str:
@@ -74,13 +78,15 @@ class Turns:
         lease.wait_for_turn, lease.admitted_s = partial(self._wait_or_cancel, lease), None
         self._waiting[ticket] = (lease, None)
         model.entered[lease] = None
+        if self._closed_with is not None:  # a drain at shutdown suspends WebSockets, too
+            self.end([lease], self._closed_with)
         return ticket
 
     def suspend(self, lease: Lease) -> None:
         """Take an admitted request out of its model's drain; it waits for a new turn."""
+        lease.step(RequestStep.SUSPEND)
         self._leave(lease)
         lease.model.leases.pop(lease)
-        lease.step(RequestStep.SUSPEND)
         lease.settle()
         self.register(lease)
 
@@ -159,6 +165,11 @@ class Turns:
         for lease in leases:
             self.forget(lease)
 
+    def close(self, cause: Cut) -> None:
+        """Abort requests that have not had their turn, now and from now on."""
+        self._closed_with = cause
+        self.end(self, cause)
+
     def forget(self, lease: Lease) -> None:
         """Forget a request, whether or not it has had its turn. Idempotent."""
         if lease.ticket is not None:
@@ -176,7 +187,7 @@ class Turns:
         if (entry := self._waiting.pop(ticket, None)) is None:
             return None
         lease, future = entry
-        lease.model.entered.pop(lease)
+        lease.model.entered.pop(lease, None)
         return future
 
 
