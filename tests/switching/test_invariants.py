@@ -693,7 +693,7 @@ class AtomicSwitch(Invariant):
     def _check_nobody_is_left(self) -> None:
         coordinator = self.world.coordinator
         is_idle = not any(model.leases for model in self.world.registry)
-        if self.world.is_automatic and not (coordinator.can_switch and is_idle):
+        if self.world.is_automatic and not (coordinator._switcher.can_switch and is_idle):
             return  # its turn has not come
         for ask in self.world.open_asks:
             waits = ask.is_reading and ask.task not in self.world.leases

@@ -317,11 +317,11 @@ def test_a_stop_ends_recovery(play: Play) -> None:
         server.host.fail_next("load", "llama", ConfigError("weights are broken"))
         server.host.kill()
         await server.settled()
-        assert server.coordinator.recovery.is_under_way
+        assert server.coordinator._state.is_recovering
 
         await server.coordinator.shut_down(0)
 
-        assert not server.coordinator.recovery.is_under_way
+        assert not server.coordinator._state.is_recovering
         assert "stopping" == server.coordinator.state
 
     play(story)
@@ -351,7 +351,7 @@ def test_a_death_after_a_switch_has_healed_the_server_is_a_new_one(play: Play) -
         server.host.kill()
         await asyncio.sleep(200)
         await server.coordinator.switch("qwen")
-        assert not server.coordinator.recovery.is_degraded
+        assert not server.coordinator._state.is_degraded
         await asyncio.sleep(400)
 
         server.host.kill_engine("qwen")

@@ -198,6 +198,7 @@ class Switcher:
         self._notify_ended(switch, duration_s, None)
         self._lookahead.switched(switch.target)
         self.serve(switch.target)
+        self._recover_if_needed(f"{switch.target.alias!r} died as it became active")
         return SwitchResult(
             operation_id=switch.operation_id,
             epoch=state.epoch,
