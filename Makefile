@@ -123,7 +123,7 @@ check-gpu: ## Check that it works on this machine's NVIDIA GPU, and how fast: ma
 check-gaudi: ## Check that it works on this machine's Gaudi: make check-gaudi PYTHON=... RESULTS=FILE ARGS=...
 	PYTHONPATH="$(CURDIR)/src$${PYTHONPATH:+:$$PYTHONPATH}" "$(PYTHON)" -m tools.gaudi.check "$(RESULTS)" $(ARGS)
 
-reference: setup ## Generate the reference page and the JSON schema
+reference: setup ## Generate the reference pages and the JSON schema
 	$(BIN)/python -m tools.reference --write .
 
 # Not after setup, which refuses a line whose version has changed and whose hashes have not.

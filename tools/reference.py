@@ -1,6 +1,6 @@
-"""`python -m tools.reference`: the reference page, made from what the code says of itself.
+"""`python -m tools.reference`: the pages about settings and commands, made from the code.
 
-`--write DIR` writes the page, the JSON schema and the table of vLLM's state to their places in a
+`--write DIR` writes the pages, the JSON schema and the table of vLLM's state to their places in a
 clone.
 """
 
@@ -30,21 +30,39 @@ from vllm_hotswap.config.settings import (
 from vllm_hotswap.host import vllm_state as state
 from vllm_hotswap.launch.schema import json_schema
 
-PAGE = "docs/reference.md"
-STATE_PAGE = "docs/vllm-state.md"
+PAGE = "docs/reference/settings.md"
+COMMANDS_PAGE = "docs/reference/cli.md"
+STATE_PAGE = "docs/internals/vllm-state.md"
+FLAGS_ANCHOR = "flags-and-environment-variables-for-settings-of-the-file"
 SCHEMA = "src/vllm_hotswap/config/models.schema.json"
 
 INTRODUCTION = """\
-# Reference of the settings
+# Settings
 
-Generated from the code by `make reference`; do not edit. [Configuration](configuration.md) explains
-the settings, [HTTP API](http-api.md) the routes, errors and metrics.
+Generated from the code by `make reference`; do not edit. The guide to
+[configuration](../guides/configuration.md) explains the settings. [Commands](cli.md) have a page of
+their own.
+"""
+
+COMMANDS_INTRODUCTION = """\
+# Commands
+
+Generated from the code by `make reference`; do not edit.
+
+Exit status: 0 if it worked; 1 after an error, which is one line on standard error; 2 for a command
+line that cannot be understood; 130 after Ctrl-C; 141 if the output is closed (a broken pipe).
+`python -X dev -m vllm_hotswap ...` shows the traceback of an unexpected error.
 """
 
 
 def page() -> str:
-    """Return the whole page, in Markdown."""
+    """Return the page about settings, in Markdown."""
     return "\n".join(_lines()) + "\n"
+
+
+def commands_page() -> str:
+    """Return the page about commands, in Markdown."""
+    return "\n".join((COMMANDS_INTRODUCTION, *_commands())) + "\n"
 
 
 def _lines() -> Iterator[str]:
@@ -74,14 +92,6 @@ def _lines() -> Iterator[str]:
     yield from _table(("variable", "meaning"), ((f"`{k}`", v) for k, v in VARIABLES.items()))
     yield "\n## What `--allow` accepts\n"
     yield from _table(("word", "accepts"), ((f"`{k}`", v) for k, v in PERMISSIONS.items()))
-    yield "\n## Commands\n"
-    yield (
-        "Exit status: 0 if it worked; 1 after an error, which is one line on standard error; 2 for "
-        "a command line that cannot be understood; 130 after Ctrl-C; 141 if the output is closed "
-        "(a broken pipe). `python -X dev -m vllm_hotswap ...` shows the traceback of an unexpected "
-        "error.\n"
-    )
-    yield from _commands()
 
 
 def _settings(kind: type[Any]) -> Iterator[str]:
@@ -103,13 +113,13 @@ def _commands() -> Iterator[str]:
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     about = {action.dest: action.help for action in commands._choices_actions}
     for name, command in commands.choices.items():
-        yield f"### `vllm-hotswap {name}`\n"
+        yield f"## `vllm-hotswap {name}`\n"
         yield _sentence(command.description or about[name] or "") + "\n"
         shown = [a for a in command._actions if a.dest != "help" and not _is_setting(a)]
         if shown:
             yield from _table(("argument", "meaning"), ((_name(a), _help(a)) for a in shown))
         if len(shown) + 1 < len(command._actions):
-            yield "\nAnd the flags for settings of the file, above."
+            yield f"\nAnd the [flags for settings of the file](settings.md#{FLAGS_ANCHOR})."
         yield ""
 
 
@@ -150,14 +160,15 @@ def with_state_table(text: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the page, or write everything that is made from the code."""
+    """Print the pages, or write everything that is made from the code."""
     parser = argparse.ArgumentParser(prog="tools.reference")
     parser.add_argument("--write", type=Path, metavar="DIR", help="the clone to write to")
     args = parser.parse_args(argv)
     if args.write is None:
-        print(page(), end="")
+        print(page(), commands_page(), sep="\n", end="")
         return 0
     (args.write / PAGE).write_text(page(), encoding="utf-8")
+    (args.write / COMMANDS_PAGE).write_text(commands_page(), encoding="utf-8")
     (args.write / SCHEMA).write_text(schema_text(), encoding="utf-8")
     state_page = args.write / STATE_PAGE
     state_text = with_state_table(state_page.read_text(encoding="utf-8"))

@@ -370,7 +370,10 @@ class UnknownRoute(HotswapError):
     code = "unknown_route"
 
     def __init__(self, method: str, path: str) -> None:
-        super().__init__(f"unknown route: {method} {path}; see docs/http-api.md")
+        super().__init__(
+            f"unknown route: {method} {path}; GET /admin/openapi.json lists the server's routes, "
+            "GET /openapi.json those of a model"
+        )
 
 
 class MethodNotAllowed(HotswapError):

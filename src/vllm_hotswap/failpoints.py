@@ -1,7 +1,7 @@
 """Failpoints: named places in the code at which a test makes this server fail, wait or die.
 
 They do nothing, and cost one comparison, unless the process's `main` calls `enable`. Their rules
-are described in `docs/reliability.md`.
+are described in `docs/internals/reliability.md`.
 
 The mutable state is `_armed`, set once per process. It has the rules, which are read again when
 their file changes.

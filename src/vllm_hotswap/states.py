@@ -2,7 +2,7 @@
 
 Nothing else in the package changes a residency or a request's state: callers use `advance` and
 `advance_request`, which refuse what the tables do not list. The table of residencies is printed
-into `docs/residency.md`, that of requests into `docs/design.md`.
+into `docs/internals/residency.md`, that of requests into `docs/internals/design.md`.
 """
 
 from __future__ import annotations

@@ -25,12 +25,13 @@ def browser(server: Server) -> httpx.AsyncClient:
 
 @pytest.mark.parametrize("path", ["/nowhere", "/v1/files"])
 async def test_post_to_a_route_that_is_not_known_is_refused(server: Server, path: str) -> None:
-    """A POST to an unknown route gets 404 in OpenAI's form, and reaches no model's application."""
+    """A POST to an unknown route gets 404 that says what lists the routes, and reaches no model."""
     response = await server.post(path, json={"model": "llama"})
 
     error = response.json()["error"]
     assert (404, "unknown_route") == (response.status_code, error["code"])
     assert f"POST {path}" in error["message"]
+    assert "GET /admin/openapi.json" in error["message"]
 
 
 async def test_version_is_told_while_nothing_can_be_served() -> None:

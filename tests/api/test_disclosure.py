@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from vllm_hotswap.api.redaction import MAX_REDACTED, redact
+from vllm_hotswap.errors import UnknownRoute
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_folders_and_stack_traces_are_left_out(text: str, expected: str) -> None
     "text",
     [
         'an admin can switch with POST /v1/models/switch {"model": "qwen"}',
-        "unknown route: POST /some/where; see docs/http-api.md",
+        UnknownRoute("POST", "/some/where").message,
         "the query parameter model is missing or empty; send /admin/plan?model=ALIAS",
         "unknown route: WEBSOCKET /a/b",
         "model 'org/llama' is not configured; configured: org/qwen, a/b",

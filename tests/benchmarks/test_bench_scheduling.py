@@ -37,7 +37,8 @@ def test_a_quick_run_tells_of_every_policy(
 
 def test_the_policy_of_the_page_works() -> None:
     """The policy of the page runs over a whole trace exactly as printed."""
-    example = re.search(r"```python\n(.*?)```", (DOCS / "scheduling.md").read_text(), re.DOTALL)
+    text = (DOCS / "guides" / "automatic-switching.md").read_text()
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert example is not None
     names: dict[str, object] = {}
     exec(example.group(1), names)  # noqa: S102  # it is our own page
@@ -55,7 +56,7 @@ def test_the_policy_of_the_page_works() -> None:
 def test_the_page_shows_what_was_measured() -> None:
     """The page's figures of the bar are those of the stored results."""
     content = json.loads((DOCS / "benchmarks" / "scheduling.json").read_text())
-    page = re.sub(r" +", " ", (DOCS / "scheduling.md").read_text())
+    page = re.sub(r" +", " ", (DOCS / "internals" / "scheduling.md").read_text())
 
     for row in content["scale"]:
         median_us = row["decision_us"]["p50"]

@@ -1,6 +1,6 @@
 """Faults of the engine host, of files and of clients, on the real vLLM: one server for all.
 
-`docs/reliability.md` has the whole matrix; what needs no real engine is in
+`docs/internals/fault-matrix.md` has the whole matrix; what needs no real engine is in
 `tests/switching/test_faults.py`.
 """
 

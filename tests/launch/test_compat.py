@@ -87,8 +87,8 @@ def test_versions_that_were_run_are_passed_without_a_word(version: str) -> None:
 
 @pytest.mark.parametrize("version", RUN_ON)
 def test_the_page_about_compatibility_says_what_was_run(version: str) -> None:
-    """docs/compatibility.md lists every version without a warning, with the tests run on it."""
-    text = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text()
+    """The page lists every version without a warning, with the tests run on it."""
+    text = (Path(__file__).parents[2] / "docs/reference/compatibility.md").read_text()
 
     assert re.search(rf"^\| {re.escape(version)} \| \S.* \| \S.* \| \S.* \|$", text, re.MULTILINE)
 

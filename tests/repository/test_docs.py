@@ -7,11 +7,13 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.remote_server import listening_server
+from tests.helpers.support import Server
 from tools import reference
 from vllm_hotswap import errors, failpoints
 from vllm_hotswap.cli import remote
@@ -40,7 +42,7 @@ def test_every_error_that_a_client_may_get_is_in_the_table(
     kind: type[errors.HotswapError],
 ) -> None:
     """Every error that a client may get is in the table, with its status and its code."""
-    assert f"| {kind.status} `{kind.code}` |" in page("http-api.md")
+    assert f"| {kind.status} `{kind.code}` |" in page("reference/errors.md")
 
 
 def test_troubleshooting_names_errors_and_events_that_exist() -> None:
@@ -58,7 +60,7 @@ def test_troubleshooting_names_errors_and_events_that_exist() -> None:
 
 def test_the_table_of_errors_is_in_order() -> None:
     """The table of errors is sorted by status, then by code."""
-    rows = re.findall(r"^\| (\d{3}) `(\w+)` \|", page("http-api.md"), re.MULTILINE)
+    rows = re.findall(r"^\| (\d{3}) `(\w+)` \|", page("reference/errors.md"), re.MULTILINE)
 
     assert len(rows) > 40
     assert sorted(rows) == rows
@@ -66,17 +68,20 @@ def test_the_table_of_errors_is_in_order() -> None:
 
 def test_the_reference_is_the_one_of_the_code() -> None:
     """The reference has all settings, flags, variables and commands; `make reference` writes it."""
-    assert reference.page() == page("reference.md")
+    assert reference.page() == page("reference/settings.md")
+    assert reference.commands_page() == page("reference/cli.md")
 
 
 def test_the_table_of_vllms_state_is_the_one_of_the_code() -> None:
     """The table has all places with owners and reasons; `make reference` writes it."""
-    assert reference.with_state_table(page("vllm-state.md")) == page("vllm-state.md")
+    text = page("internals/vllm-state.md")
+    assert reference.with_state_table(text) == text
 
 
 def test_every_setting_has_a_meaning() -> None:
-    """Every setting's row in the reference has a meaning."""
-    assert [] == re.findall(r"^\|.*\| *\|$", page("reference.md"), re.MULTILINE)
+    """Every row of a setting, a flag or an argument in the reference has a meaning."""
+    for name in ("reference/settings.md", "reference/cli.md"):
+        assert [] == re.findall(r"^\|.*\| *\|$", page(name), re.MULTILINE)
 
 
 def test_every_metric_is_described() -> None:
@@ -96,7 +101,7 @@ def test_every_metric_is_described() -> None:
         job_leases=lambda: {"a": 0},
         aliases=host.engines,
     )
-    text = page("http-api.md")
+    text = page("reference/metrics.md")
     for family in metrics.registry.collect():
         name = family.name + ("_total" if family.type == "counter" else "")
         assert f"`{name}`" in text
@@ -104,28 +109,28 @@ def test_every_metric_is_described() -> None:
 
 def test_every_phase_is_described() -> None:
     """Every phase is described in the design."""
-    text = page("design.md")
+    text = page("internals/design.md")
     for word in SwitchPhase:
         assert f"| `{word}` |" in text
 
 
 def test_every_failpoint_is_described() -> None:
     """Every failpoint is described with all its actions."""
-    text = page("reliability.md")
+    text = page("internals/reliability.md")
     assert [] == [p for p in failpoints.PLACES if f"`{p}`" not in text]
     assert [] == [a for a in failpoints.ACTIONS if not re.search(rf"`{a}[`(]", text)]
 
 
 def test_every_state_is_described() -> None:
-    """Every state is described in the page about residency."""
-    text = page("residency.md")
+    """Every state is described in the guide to memory and residency."""
+    text = page("guides/memory.md")
     for word in Residency:
         assert f"| `{word}` |" in text
 
 
 def test_the_table_of_steps_is_the_one_of_the_code() -> None:
     """The table has every step of every state, and no other; `fail` has a line of its own."""
-    lines = re.findall(r"^\| `(\w+)` \| (`.*) \|$", page("residency.md"), re.MULTILINE)
+    lines = re.findall(r"^\| `(\w+)` \| (`.*) \|$", page("internals/residency.md"), re.MULTILINE)
     written = {state: set(re.findall(r"`(\w+)`: (\w+)", steps)) for state, steps in lines}
 
     assert written == {
@@ -137,7 +142,7 @@ def test_the_table_of_steps_is_the_one_of_the_code() -> None:
 
 def test_the_table_of_requests_is_the_one_of_the_code() -> None:
     """The design page has every step of every state of a request, and no other."""
-    lines = re.findall(r"^\| `(\w+)` \| (`\w+`: .*) \|$", page("design.md"), re.MULTILINE)
+    lines = re.findall(r"^\| `(\w+)` \| (`\w+`: .*) \|$", page("internals/design.md"), re.MULTILINE)
     written = {state: dict(re.findall(r"`(\w+)`: (\w+)", steps)) for state, steps in lines}
 
     assert written == {
@@ -146,7 +151,7 @@ def test_the_table_of_requests_is_the_one_of_the_code() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/install.md", "docs/guides/gaudi.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/guides/install.md", "docs/guides/gaudi.md"])
 def test_the_configuration_of_the_readme_is_the_one_of_the_quickstart(
     tmp_path: Path, name: str
 ) -> None:
@@ -213,9 +218,10 @@ def test_every_command_that_is_mentioned_exists() -> None:
 
 
 def test_there_is_one_port() -> None:
-    """All pages name the port of `vllm serve`, except where they quote the quickstart."""
-    quoting = {DOCS / "quickstart-compatibility.md"}  # docs/guides is not checked
-    pages = {ROOT / "README.md", ROOT / "Makefile", *DOCS.glob("*.md")} - quoting
+    """All pages name one port, except where they quote the quickstart or need a second one."""
+    names = ("gaudi", "quickstart", "troubleshooting")
+    quoting = {DOCS / "guides" / f"{name}.md" for name in names}
+    pages = {ROOT / "README.md", ROOT / "Makefile", *DOCS.rglob("*.md")} - quoting
     address = r"(?:localhost:|127\.0\.0\.1:|--port |PORT=|PORT \?= )(\d+)"
     named = {port for path in pages for port in re.findall(address, path.read_text())}
 
@@ -232,9 +238,10 @@ TEST = r"`(tests/[\w/]+\.py)::(test_\w+)`"
         {
             test
             for path in (
-                DOCS / "quickstart-compatibility.md",
-                DOCS / "reliability.md",
-                DOCS / "security-claims.md",
+                DOCS / "guides" / "quickstart.md",
+                DOCS / "internals" / "fault-matrix.md",
+                DOCS / "internals" / "reliability.md",
+                DOCS / "internals" / "security-claims.md",
             )
             for test in re.findall(TEST, path.read_text())
         },
@@ -248,7 +255,7 @@ def test_what_is_promised_is_held_by_tests_that_exist(path: str, name: str) -> N
 def test_every_promise_of_the_quickstart_names_its_test() -> None:
     """Every promise of the quickstart names its test, except those listed as not promised."""
     rows = re.findall(
-        r"^\| (?!promise|---)(.*?) \| (.*) \|$", page("quickstart-compatibility.md"), re.MULTILINE
+        r"^\| (?!promise|---)(.*?) \| (.*) \|$", page("guides/quickstart.md"), re.MULTILINE
     )
 
     assert len(rows) > 20
@@ -258,7 +265,7 @@ def test_every_promise_of_the_quickstart_names_its_test() -> None:
 def test_every_claim_about_security_names_its_tests() -> None:
     """Every claim about security names its tests, in the order of the page."""
     claims = (ROOT / "SECURITY.md").read_text()
-    table = page("security-claims.md")
+    table = page("internals/security-claims.md")
     rows = re.findall(r"^\| (?!claim|---)(.*?) \| (.*) \|$", table, re.MULTILINE)
 
     assert re.findall(r"^- \*\*(.*?)\.?\*\*", claims, re.MULTILINE) == [row[0] for row in rows]
@@ -267,7 +274,7 @@ def test_every_claim_about_security_names_its_tests() -> None:
 
 def test_every_fault_of_the_matrix_is_shown_by_a_test() -> None:
     """Every fault has a test, or a reason; most tests use the real vLLM, or kill a process."""
-    rows = [line.split(" | ") for line in page("reliability.md").splitlines()]
+    rows = [line.split(" | ") for line in page("internals/fault-matrix.md").splitlines()]
     faults = [row for row in rows if re.fullmatch(r"\| \d+", row[0])]
 
     assert [f"| {number}" for number in range(1, 61)] == [row[0] for row in faults]
@@ -287,6 +294,69 @@ def test_links_between_pages_lead_somewhere(path: Path) -> None:
     assert [] == [link for link in links if not (path.parent / link).exists()]
 
 
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, by GitHub's rules."""
+    text = re.sub(r"^( *)```.*?^\1```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found: Counter[str] = Counter()
+    names = set()
+    for heading in re.findall(r"^#{1,6} +(.+?)(?: +#+)? *$", text, re.MULTILINE):
+        shown = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        name = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
+        names.add(f"{name}-{found[name]}" if found[name] else name)
+        found[name] += 1
+    return names
+
+
+@pytest.mark.parametrize("path", sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")]))
+def test_links_lead_to_headings_that_exist(path: Path) -> None:
+    """Every `#anchor` of a relative link is that of a heading on the page that it names."""
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", path.read_text())
+
+    assert [] == [
+        f"{name}#{anchor}"
+        for name, anchor in links
+        if anchor not in anchors(path.parent / name if name else path)
+    ]
+
+
+def test_anchors_are_those_of_github(tmp_path: Path) -> None:
+    """Case, signs, code, links and repeated headings become anchors as GitHub makes them."""
+    path = tmp_path / "page.md"
+    path.write_text(
+        "# A switch, by where it was\n## `POST /v1/models/switch`\n## Rates\n### Rates\n"
+        "## The [guide](a.md)'s `x_y`\n```\n# no heading\n```\n"
+    )
+
+    assert anchors(path) == {
+        "a-switch-by-where-it-was",
+        "post-v1modelsswitch",
+        "rates",
+        "rates-1",
+        "the-guides-x_y",
+    }
+
+
+async def test_the_table_of_routes_is_the_one_of_the_code(server: Server) -> None:
+    """The index has every route of ours and no other, each with its role and a page about it."""
+    description = (await server.get("/admin/openapi.json")).json()
+    rows = re.findall(
+        r"^\| (`[A-Z]+ /.*?`) \| (\w+) \| .*? \| (.*?) ?\|$",
+        page("reference/http-api.md").partition("## vLLM's routes")[0],
+        re.MULTILINE,
+    )
+    listed = {
+        (method.lower(), path, role)
+        for routes, role, _ in rows
+        for method, path in re.findall(r"`([A-Z]+) (/[^`]*)`", routes)
+    }
+
+    assert listed == {
+        (method, path, operation["tags"][0])
+        for path, methods in description["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
 def test_every_variable_of_ours_is_in_the_reference() -> None:
     """Every variable with our prefix that the code reads is in the reference."""
     read = {
@@ -295,4 +365,4 @@ def test_every_variable_of_ours_is_in_the_reference() -> None:
         for name in re.findall(r"\"(VLLM_HOTSWAP_[A-Z_]*[A-Z])\"", path.read_text())
     }
 
-    assert set() == {name for name in read if f"`{name}`" not in page("reference.md")}
+    assert set() == {name for name in read if f"`{name}`" not in page("reference/settings.md")}

@@ -1,4 +1,4 @@
-"""Rows of the fault matrix in docs/reliability.md that need no real engine.
+"""Rows of the fault matrix in docs/internals/fault-matrix.md that need no real engine.
 
 Where a signal is part of the fault, the engine host is a process: `tests/helpers/killable.py`.
 """

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.zoo import models
 from tests.zoo.models import ZOO
 
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "models.md"
 
 
 def test_the_page_lists_the_models_that_are_run() -> None:

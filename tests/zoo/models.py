@@ -30,7 +30,7 @@ TOKENS = 12
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """One entry of the server's configuration, and of the table in `docs/models.md`.
+    """One entry of the server's configuration, and of the table in `docs/reference/models.md`.
 
     Attributes:
         alias: its alias.
@@ -159,7 +159,7 @@ ZOO: Sequence[Model] = (
 
 
 def table() -> str:
-    """Return the rows of the table in `docs/models.md`."""
+    """Return the rows of the table in `docs/reference/models.md`."""
     return "".join(
         f"| `{model.alias}` | {model.architecture} | {model.has} | {_result(model)} |\n"
         for model in ZOO

@@ -774,12 +774,12 @@ VARIABLES: Mapping[str, str] = {
     "VLLM_HOTSWAP_ADMIN_KEY_FILE": "a file with admin keys; `--admin-key-file` overrides it",
     "VLLM_HOTSWAP_API_KEY_FILE": "a file with user keys; `--api-key-file` overrides it",
     "VLLM_HOTSWAP_PASS_ON": "comma-separated names of additional variables to pass on to "
-    "the engine host ([configuration](configuration.md#the-engine-hosts-"
+    "the engine host ([configuration](../guides/configuration.md#the-engine-hosts-"
     "environment))",
     "VLLM_HOTSWAP_AUDIT_LOG": "a file that gets one line for each request that changes state; "
     "`--audit-log` overrides it",
     "VLLM_HOTSWAP_CUDA_SLEEP": "`0`: on CUDA, models use torch's own memory, and are parked or "
-    "unloaded ([NVIDIA GPUs](guides/gpu.md#without-sleep))",
+    "unloaded ([NVIDIA GPUs](../guides/gpu.md#without-sleep))",
     "VLLM_HOTSWAP_URL": "the server that `vllm-hotswap status` and the other commands point at",
     "VLLM_API_KEY": "user keys, separated by commas or spaces; `--api-key` overrides it",
     FORWARDED_VARIABLE: "uvicorn's: proxies that are trusted to name the client of a request; "
@@ -787,7 +787,7 @@ VARIABLES: Mapping[str, str] = {
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "accepted, not needed, not passed on",
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "accepted, not needed, not passed on; see `adapters`",
     "VLLM_HOTSWAP_FAILPOINTS": "for tests: where the server should fail; see "
-    "[reliability](reliability.md#failpoints)",
+    "[reliability](../internals/reliability.md#failpoints)",
     "QUANT_CONFIG": "kept for models without `quant_config`, replaced or cleared for those with it",
     "VLLM_CPU_OMP_THREADS_BIND": "CPU: cores of the compute threads, as in vLLM. Here `auto` uses "
     "every physical core of a NUMA node; vLLM keeps one for its scheduler process, which does not "

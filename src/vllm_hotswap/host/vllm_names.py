@@ -76,7 +76,7 @@ def find(name: str, places: Mapping[str, Mapping[str, str]] = PLACES) -> Any:
             return getattr(module, name)
     raise ConfigError(
         f"the installed vLLM has no {name!r} in {' or '.join(modules)}; "
-        "install one of the versions that docs/compatibility.md lists"
+        "install one of the versions that docs/reference/compatibility.md lists"
     )
 
 

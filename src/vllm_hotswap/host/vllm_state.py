@@ -2,8 +2,8 @@
 
 vLLM is written for one engine per process, so a load sets module globals, class attributes and
 environment variables. `STATE` lists those that a load, a step or an unload changes, with what is
-done about each; `host.state` does it. `docs/vllm-state.md` is made from this list, and a test
-compares it with what the installed vLLM really changes.
+done about each; `host.state` does it. `docs/internals/vllm-state.md` is made from this list, and a
+test compares it with what the installed vLLM really changes.
 
 `PLUGINS` are packages that are not vLLM's. Their state is only looked for if they have been
 imported already. A platform's plugin has been, before anything is loaded.

@@ -10,7 +10,7 @@ from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.host import gaudi
 
 RUN_ON = ("0.26.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0")
-"""Versions on which the tests have been run, oldest first; docs/compatibility.md has them, too."""
+"""Versions on which the tests ran, oldest first; docs/reference/compatibility.md has them, too."""
 
 READ_ON = ("0.33.0",)
 """Newer versions, not run yet, that have every name and signature we use: `make check-vllm`."""
