@@ -39,7 +39,7 @@ def fake_host() -> EngineHost:
 
 def vllm_host(folder: Path) -> EngineHost:
     from vllm_hotswap.engines.link import HostLink
-    from vllm_hotswap.engines.vllm_engine import VllmHost
+    from vllm_hotswap.engines.vllm_host import VllmHost
     from vllm_hotswap.launch.prepare import parse_flags, prepare
 
     link = HostLink()
