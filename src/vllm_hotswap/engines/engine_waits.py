@@ -15,17 +15,17 @@ T = TypeVar("T")
 class EngineWaits:
     """What waits for answers of one engine.
 
-    The mutable state is `_died`, a future for the last wait that began, which `until_answered`
-    makes and `engine_died` resolves.
+    The mutable state is `_deaths`, one future for each wait, since an adapter may be loaded while
+    a canary is awaited. `until_answered` makes and drops them, `engine_died` resolves them.
     """
 
     def __init__(self, alias: str, link: HostLink) -> None:
         self._alias = alias
         self._link = link
-        self._died: asyncio.Future[str] | None = None
+        self._deaths: set[asyncio.Future[str]] = set()
 
     def __repr__(self) -> str:
-        return f"<EngineWaits {self._alias} waiting={self._died is not None}>"
+        return f"<EngineWaits {self._alias} waiting={len(self._deaths)}>"
 
     async def until_answered(self, asking: Coroutine[Any, Any, T]) -> T:
         """Return the result of `asking`, which would wait for ever for an engine that has died.
@@ -34,8 +34,9 @@ class EngineWaits:
             EngineUnavailable: the engine or its host died first; `asking` was cancelled.
         """
         task = asyncio.ensure_future(asking)
-        self._died = asyncio.get_running_loop().create_future()
-        deaths = (self._link.died, self._died)
+        died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._deaths.add(died)
+        deaths = (self._link.died, died)
         try:
             ends: list[asyncio.Future[Any]] = [task, *deaths]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -44,9 +45,10 @@ class EngineWaits:
             return await task
         finally:
             task.cancel()
-            self._died = None
+            self._deaths.discard(died)
 
     def engine_died(self, cause: str) -> None:
-        """End the wait for this engine, if there is one."""
-        if self._died is not None and not self._died.done():
-            self._died.set_result(f"the engine of {self._alias!r} died: {cause}")
+        """End every wait for this engine."""
+        for died in self._deaths:
+            if not died.done():
+                died.set_result(f"the engine of {self._alias!r} died: {cause}")
