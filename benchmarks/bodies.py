@@ -31,7 +31,7 @@ from vllm_hotswap.api.app import HotswapApp
 from vllm_hotswap.config.settings import SwitchingConfig
 from vllm_hotswap.demo.quickstart import free_port
 from vllm_hotswap.tasks import event_loop
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 MIB = 1 << 20
 CASES = ((8, "nobody"), (63, "nobody"), (8, "llama"))

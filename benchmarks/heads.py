@@ -37,7 +37,7 @@ from vllm_hotswap.connections.places import Places
 from vllm_hotswap.demo.quickstart import free_port
 from vllm_hotswap.server.run import Server
 from vllm_hotswap.tasks import event_loop
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 SIDES = ("bounded", "plain")
 CASES = ("kept alive", "new connections")

@@ -14,7 +14,7 @@ from tests.helpers.adapters import write_adapter_for
 from tests.helpers.support import Server
 from vllm_hotswap.access.roles import Access
 from vllm_hotswap.errors import HotswapError
-from vllm_hotswap.testing.fake_engine import MAX_RANK
+from vllm_hotswap.testing.fake_settings import MAX_RANK
 
 ADAPTERS = "/admin/models/{}/adapters"
 

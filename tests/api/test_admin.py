@@ -16,7 +16,7 @@ from tests.helpers.support import Server
 from vllm_hotswap.access.roles import Access
 from vllm_hotswap.config.settings import RecoveryConfig
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 SWITCH = "/v1/models/switch"
 MIB = 1 << 20

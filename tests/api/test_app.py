@@ -10,7 +10,7 @@ from tests.conftest import MakeServer
 from tests.helpers.support import CHAT, Server
 from vllm_hotswap.access.roles import Access
 from vllm_hotswap.api.app import CrossOrigin, HotswapApp
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 PAGE = "https://page.example"
 PREFLIGHT = {"origin": PAGE, "access-control-request-method": "POST"}

@@ -32,7 +32,7 @@ from vllm_hotswap.models.routes import WEBSOCKET
 from vllm_hotswap.server import run as server
 from vllm_hotswap.system.log_lines import escape_records
 from vllm_hotswap.telemetry.progress import StartupProgress
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 PLAIN, FORM = "text/plain;charset=UTF-8", "application/x-www-form-urlencoded"
 CROSS = {"Sec-Fetch-Site": "cross-site"}

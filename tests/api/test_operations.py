@@ -12,7 +12,7 @@ from tests.conftest import MakeServer
 from tests.helpers.support import Server, Stream
 from vllm_hotswap.access.roles import Access
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 MIB = 1 << 20
 ADMIN = {"authorization": "Bearer admin"}

@@ -15,7 +15,7 @@ from vllm_hotswap.api.rates import ELSEWHERE, Rates
 from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import RateLimited
 from vllm_hotswap.tasks.rate import Rate
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 ANN, BEN = Account("key ann", "ann", is_bounded=True), Account("key ben", "ben", is_bounded=True)
 ADMIN = Account("admin", "root", is_admin=True)

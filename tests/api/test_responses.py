@@ -16,7 +16,7 @@ from vllm_hotswap.access.rights import Group, Rights
 from vllm_hotswap.access.roles import Access
 from vllm_hotswap.api.responses import response_id_in_body
 from vllm_hotswap.config.settings import LimitsConfig
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 RESPONSES = "/v1/responses"
 
@@ -242,7 +242,7 @@ async def test_work_in_the_background_that_is_cut_says_so(server: Server) -> Non
     again = (await server.get(f"{RESPONSES}/{mine['id']}")).json()
     assert ("llama", "failed") == status(again)
     assert "still running 0 s after a switch to 'qwen'" in again["error"]["message"]
-    assert 1 == server.host.engines["llama"].aborted
+    assert 1 == server.host.engines["llama"].steps.aborted
 
 
 async def test_death_of_the_host_ends_work_in_the_background(server: Server) -> None:
@@ -280,7 +280,7 @@ async def test_work_that_fails_by_itself_is_not_queued_for_ever(
     assert "processing failed; see the server log" in again["error"]["message"]
     assert 1 == caplog.text.count("event=background_failed model=llama cause='no more tokens'")
     assert 0 == server.in_flight["llama"]
-    assert 0 == engine.served
+    assert 0 == engine.steps.served
 
 
 async def test_work_in_the_background_can_be_cancelled_whoever_is_active(server: Server) -> None:

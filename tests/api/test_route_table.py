@@ -20,7 +20,7 @@ from vllm_hotswap.api.vllm_routes import (
     RouteTable,
 )
 from vllm_hotswap.errors import MethodNotAllowed, UnknownRoute
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 KEYS = Access(user_keys=("user",), admin_keys=("admin",))
 CALLERS: dict[str, dict[str, str]] = {

@@ -25,7 +25,7 @@ from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import EngineUnavailable
 from vllm_hotswap.events import ClientEvicted, RequestEnded
 from vllm_hotswap.models.drain import CUT_GRACE_S
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 WORDS = "I am {}, a fake engine of vllm-hotswap."
 EMBEDDINGS = "/v1/embeddings"
@@ -614,7 +614,7 @@ async def test_engine_does_not_go_on_with_a_request_that_was_cut(server: Server)
 
     await server.switch("qwen", 0)
 
-    assert 2 == server.host.engines["llama"].aborted
+    assert 2 == server.host.engines["llama"].steps.aborted
     assert (503, "drain_timeout") == await error_of(call)
     assert b"drain_timeout" in (await reading).body
 
@@ -986,7 +986,7 @@ async def test_client_that_leaves_its_stream_frees_the_model(server: Server) -> 
 
     assert not (await reading).complete
     assert 0 == server.in_flight["llama"]
-    assert 1 == server.host.engines["llama"].aborted
+    assert 1 == server.host.engines["llama"].steps.aborted
 
 
 async def test_client_that_leaves_before_the_answer_frees_the_model(server: Server) -> None:
@@ -1042,7 +1042,7 @@ async def test_held_request_whose_client_leaves_is_given_up(make_server: MakeSer
 
     assert 200 == (await switch).status_code
     assert 200 == (await held).status_code
-    assert 1 == server.host.engines["qwen"].served
+    assert 1 == server.host.engines["qwen"].steps.served
 
 
 async def test_client_that_leaves_in_the_turn_of_its_admission_frees_the_model(

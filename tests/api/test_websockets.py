@@ -10,7 +10,7 @@ import websockets
 from tests.conftest import MakeServer
 from tests.helpers.listening import listening
 from tests.helpers.support import Server
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 REALTIME = "/v1/realtime"
 SPEECH = FakeSettings(tasks=("realtime",))

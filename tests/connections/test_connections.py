@@ -32,7 +32,7 @@ from vllm_hotswap.access.roles import Access
 from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.connections import connections
 from vllm_hotswap.models.registry import current_lease
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
 SMALL = LimitsConfig(head_bytes=4000, head_fields=20, url_bytes=1000)

@@ -14,7 +14,7 @@ from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.connections.listen import ListenFlags
 from vllm_hotswap.connections.places import Place, Places
 from vllm_hotswap.system.addresses import network_of
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 A, B, C = "192.0.2.1", "192.0.2.2", "2001:db8::1"
 ADMIN = "Authorization: Bearer the-key"

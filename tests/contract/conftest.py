@@ -12,7 +12,8 @@ from tests.helpers.cores import on_cores, share_of_cores
 from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.models.engine import EngineHost
-from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_host import FakeHost
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 ALIASES = ("llama", "qwen")
 
@@ -38,7 +39,7 @@ def fake_host() -> EngineHost:
 
 def vllm_host(folder: Path) -> EngineHost:
     from vllm_hotswap.engines.link import HostLink
-    from vllm_hotswap.engines.vllm_engine import VllmHost
+    from vllm_hotswap.engines.vllm_host import VllmHost
     from vllm_hotswap.launch.prepare import parse_flags, prepare
 
     link = HostLink()

@@ -31,7 +31,7 @@ async def test_an_error_in_an_output_costs_one_load(host: EngineHost) -> None:
     await llama.activate(1)
     expected = await complete(llama, 3)
     before = llama.app
-    client = llama._client
+    client = llama._frontend.client
 
     def broken(*_: Any, **__: Any) -> None:
         raise OverflowError("out of range integral type conversion attempted")

@@ -26,7 +26,7 @@ from vllm_hotswap.connections.listen import Listener
 from vllm_hotswap.errors import ConfigError, HotswapError
 from vllm_hotswap.server import run as server
 from vllm_hotswap.telemetry.progress import EventLog, StartupProgress
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 pytestmark = pytest.mark.slow
 

@@ -32,8 +32,8 @@ from vllm_hotswap.server.run import serve
 from vllm_hotswap.system.log_lines import configure_logging
 from vllm_hotswap.tasks import event_loop
 from vllm_hotswap.telemetry.progress import EventLog, StartupProgress
-from vllm_hotswap.testing.fake_engine import FakeSettings
 from vllm_hotswap.testing.fake_process import FakeProcessHost
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 ALIASES = ("llama", "qwen", "mistral")
 LOADED = ("llama", "qwen")

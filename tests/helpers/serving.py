@@ -16,8 +16,9 @@ from vllm_hotswap.server.run import serve
 from vllm_hotswap.system.log_lines import configure_logging
 from vllm_hotswap.tasks import event_loop
 from vllm_hotswap.telemetry.progress import EventLog, StartupProgress
-from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_host import FakeHost
 from vllm_hotswap.testing.fake_server import parse_flags
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 
 def flags(**given: object) -> argparse.Namespace:

@@ -31,7 +31,8 @@ from vllm_hotswap.models.registry import Lease, Model, ModelSettings
 from vllm_hotswap.scheduling.scheduler import DEFAULT_TERMS, RequestTerms
 from vllm_hotswap.states import RequestStep
 from vllm_hotswap.switching.auto import AutoAdmission
-from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_host import FakeHost
+from vllm_hotswap.testing.fake_settings import UNLIMITED, FakeSettings
 
 CHAT = "/v1/chat/completions"
 OPEN = Access(dev_mode=True)

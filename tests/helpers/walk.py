@@ -25,8 +25,9 @@ from vllm_hotswap.events import Event, RequestEnded, ResidencyChanged, SwitchEnd
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.models.registry import Lease, ModelSettings
 from vllm_hotswap.states import Residency
-from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
-from vllm_hotswap.testing.fake_frontend import WORDS
+from vllm_hotswap.testing.fake_answers import WORDS
+from vllm_hotswap.testing.fake_host import FakeHost
+from vllm_hotswap.testing.fake_settings import UNLIMITED, FakeSettings
 
 ALIASES = ("llama", "qwen", "mistral")
 MIB = 1 << 20
@@ -364,7 +365,7 @@ class Host(FakeHost):
     def misstamp(self, alias: str) -> None:
         """Give an engine's outputs another model's stamp, until it is activated again."""
         engine = self.engines[alias]
-        engine.stamp = ("nobody", engine.stamp[1])
+        engine.steps.stamp = ("nobody", engine.steps.stamp[1])
         self.misstamped = True
 
     def repair(self) -> None:
@@ -374,7 +375,7 @@ class Host(FakeHost):
         for engine in self.engines.values():
             known = [canary for alias, canary in self.canaries if alias == engine.alias]
             engine.missing_files, engine.canary = False, known[0] if known else "canary"
-            engine.stamp = (engine.alias, engine.stamp[1])
+            engine.steps.stamp = (engine.alias, engine.steps.stamp[1])
 
     @property
     def is_busy(self) -> bool:

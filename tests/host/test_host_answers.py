@@ -9,6 +9,7 @@ import pytest
 
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.errors import HotswapError, NoRoom
+from vllm_hotswap.host.commands import VllmCommandHandler
 from vllm_hotswap.host.messages import (
     Command,
     CommandResult,
@@ -18,7 +19,6 @@ from vllm_hotswap.host.messages import (
     Wake,
     WakeSlice,
 )
-from vllm_hotswap.host.obey import VllmCommandHandler
 from vllm_hotswap.host.together import HalfAsleep
 from vllm_hotswap.states import WakeProgress
 

@@ -22,7 +22,7 @@ from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.launch.prepare import ModelLaunch, parse_flags, prepare
 from vllm_hotswap.models.routes import WEBSOCKET, ModelRoutes
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 from vllm_hotswap.testing.fake_responses import FakeResponses
 
 MOUNTED_WITH = {

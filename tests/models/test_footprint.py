@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_hotswap.engines.vllm_engine import footprint_of
+from vllm_hotswap.engines.memory_figures import footprint_of
 from vllm_hotswap.host.devices import (
     CpuDevice,
     CudaDevice,

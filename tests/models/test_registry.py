@@ -10,7 +10,7 @@ from tests.helpers.support import lease as lease_of
 from vllm_hotswap.errors import DrainCut, EngineUnavailable, UnknownModel
 from vllm_hotswap.models.registry import Registry
 from vllm_hotswap.states import IllegalTransition, Residency, Step
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from vllm_hotswap.demo import quickstart as demo
 from vllm_hotswap.demo.quickstart import write
 from vllm_hotswap.states import REQUEST_TRANSITIONS, TRANSITIONS, Residency, Step, SwitchPhase
 from vllm_hotswap.telemetry.metrics import SwitchMetrics
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -10,7 +10,7 @@ from tests.conftest import MakeServer
 from tests.helpers.support import Server
 from vllm_hotswap.events import PredictionSettled
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 MIB = 1 << 20
 ALIASES = ("a", "b", "c")

@@ -19,7 +19,8 @@ from vllm_hotswap.events import ModelMoved, PhaseChanged, PinChanged
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.models.registry import ModelSettings
 from vllm_hotswap.switching.coordinator import Coordinator
-from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_host import FakeHost
+from vllm_hotswap.testing.fake_settings import UNLIMITED, FakeSettings
 
 MIB = 1 << 20
 ALIASES = ("llama", "qwen", "mistral")

@@ -18,7 +18,7 @@ from vllm_hotswap.events import WakeChanged
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.models.registry import Model, ModelSettings
 from vllm_hotswap.states import Residency, WakeProgress
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 GPU = replace(test_shared_device.GPU, slices=5)
 """6 MiB awake, 1 MiB asleep: a slice is 1 MiB."""

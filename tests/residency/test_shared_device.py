@@ -12,7 +12,7 @@ from tests.helpers.support import Server
 from tests.switching.test_parking import park
 from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 MIB = 1 << 20
 GPU = FakeSettings(

@@ -25,7 +25,7 @@ from vllm_hotswap.scheduling.policy import (
     SwitchTo,
 )
 from vllm_hotswap.scheduling.scheduler import RequestTerms
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 pytestmark = pytest.mark.slow
 

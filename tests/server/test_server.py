@@ -42,7 +42,7 @@ from vllm_hotswap.server import run as server
 from vllm_hotswap.system import file_limit
 from vllm_hotswap.system.signals import Stopped
 from vllm_hotswap.telemetry.progress import StartupProgress
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 
 Serving = asyncio.Task[int]
 PAGE = "https://page.example"

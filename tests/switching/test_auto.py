@@ -17,7 +17,7 @@ from vllm_hotswap.events import RequestEnded, SwitchEnded
 from vllm_hotswap.models.engine import Previewed
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.models.registry import ModelSettings
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 BAD_STREAM = b'{"model": "mistral", "stream": true, "max_tokens": "many"}'
 

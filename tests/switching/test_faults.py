@@ -27,7 +27,7 @@ from tests.helpers.faults import RawClient, wait_until
 from tests.helpers.killable import KillableServer
 from tests.helpers.support import Server
 from tests.helpers.virtual import VirtualLoop
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +99,7 @@ def test_a_jump_of_the_clock_changes_no_deadline(
 async def test_a_late_output_of_another_epoch_is_never_delivered(server: Server) -> None:
     """Row 60: it is counted, and its request gets an error."""
     stream = await server.start_stream("llama", words=5)
-    server.host.engines["llama"].stamp = ("llama", 0)
+    server.host.engines["llama"].steps.stamp = ("llama", 0)
     answer = await stream.finish()
     metrics = (await server.get("/metrics")).text
 

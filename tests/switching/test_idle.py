@@ -11,7 +11,7 @@ from tests.conftest import Play
 from tests.helpers.support import Server
 from vllm_hotswap.events import SwitchEnded
 from vllm_hotswap.models.registry import ModelSettings
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 REST = {"llama": ModelSettings(idle_sleep_s=10, idle_unload_s=60)}
 

@@ -410,7 +410,7 @@ class NoWrongModel(Invariant):
     def on_piece(self, call: Call, piece: bytes) -> None:
         if isinstance(call, Ask) and call.has_always_read and b'"model"' in piece:
             for alias in call.models:
-                stamp = self.world.host.engines[alias].stamp
+                stamp = self.world.host.engines[alias].steps.stamp
                 self.expect(stamp[0] == alias, f"{call} was given what {stamp} made")
 
     def _check(self, ask: Ask) -> None:
@@ -1182,7 +1182,7 @@ class WakesBeside(Invariant):
         if self.world.host.is_busy or self.world.hangs:
             return
         for model in self.world.registry:
-            taken = self.world.host.engines[model.alias].slices_done
+            taken = self.world.host.engines[model.alias].place.slices_done
             self.expect(not taken or model.waking, f"{model.alias} has {taken} slices of nobody")
 
 

@@ -18,7 +18,7 @@ from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.events import RequestsParked, RequestsResumed
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 MIB = 1 << 20
 NO_SLEEP = FakeSettings(weights_bytes=2 * MIB, kv_bytes=2 * MIB, levels=frozenset())
@@ -137,7 +137,7 @@ def test_a_parked_request_ends_when_its_model_must_be_unloaded(play: Play) -> No
         assert (1, 1) == (told["requests_parked"], told["requests_lost"])
         assert "parked_request_ended" in answer.events[-1]
         assert "data: [DONE]" not in answer.events
-        assert 1 == server.host.engines["llama"].aborted
+        assert 1 == server.host.engines["llama"].steps.aborted
         assert 0 == server.in_flight["llama"]
 
     settings = {"llama": NO_SLEEP, "qwen": NO_SLEEP}
@@ -155,7 +155,7 @@ def test_a_parked_request_ends_when_its_time_is_over(play: Play) -> None:
         answer = await stream.finish()
         await server.settled()
         assert "it was parked for more than 30 s" in answer.events[-1]
-        assert (0, 1) == (server.in_flight["llama"], server.host.engines["llama"].aborted)
+        assert (0, 1) == (server.in_flight["llama"], server.host.engines["llama"].steps.aborted)
 
     play(story, parked_timeout=30)
 
@@ -169,7 +169,7 @@ def test_a_parked_request_ends_when_its_client_leaves(play: Play) -> None:
         stream.disconnect()
         await server.settled()
 
-        assert (0, 1) == (server.in_flight["llama"], server.host.engines["llama"].aborted)
+        assert (0, 1) == (server.in_flight["llama"], server.host.engines["llama"].steps.aborted)
 
     play(story)
 

@@ -12,7 +12,9 @@ from tests.helpers.support import settled
 from vllm_hotswap.errors import ConfigError, EngineUnavailable, HotswapError
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.states import LADDER
-from vllm_hotswap.testing.fake_engine import FakeEngine, FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_engine import FakeEngine
+from vllm_hotswap.testing.fake_host import FakeHost
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 
 @pytest.fixture

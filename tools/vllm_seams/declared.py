@@ -109,7 +109,7 @@ vllm.config.ModelConfig.enable_sleep_mode
 vllm.config.ModelConfig.enable_cumem_allocator since 0.29
 vllm.platforms.interface.Platform.is_cuda()
 
-# engines: vllm_engine, frontend, stamps, vllm_canary: the client of an engine
+# engines: model_frontend, frontend, stamps, vllm_canary: the client of an engine
 vllm.v1.engine.async_llm.AsyncLLM.engine_core
 vllm.v1.engine.async_llm.AsyncLLM._run_output_handler()
 vllm.v1.engine.async_llm.AsyncLLM.output_handler

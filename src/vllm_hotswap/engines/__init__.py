@@ -6,7 +6,7 @@ from vllm_hotswap.engines import frontend
 from vllm_hotswap.engines.base_memory import expected_memory
 from vllm_hotswap.engines.link import HostLink
 from vllm_hotswap.engines.stamps import make_stamp, read_stamp
-from vllm_hotswap.engines.vllm_engine import VllmHost
+from vllm_hotswap.engines.vllm_host import VllmHost
 from vllm_hotswap.engines.vllm_metrics import VLLM_REGISTRIES
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_hotswap.host import gaudi, grammars, vllm_versions
 from vllm_hotswap.host.classes import MULTIPROC_QUALIFIED_NAME, QUALIFIED_NAME
+from vllm_hotswap.host.command_handler import CommandHandler
 from vllm_hotswap.host.devices import (
     NO_DEVICE,
     SLEEP_VARIABLE,
@@ -17,7 +18,6 @@ from vllm_hotswap.host.devices import (
 from vllm_hotswap.host.gaudi import why_not_imported
 from vllm_hotswap.host.kv_cache import expected_limits, given_bytes, kv_key, kv_shares, ranks
 from vllm_hotswap.host.loading import executor_class
-from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import (
     CANARY_ID,
     Activate,
@@ -61,11 +61,11 @@ __all__ = [
     "SLEEP_VARIABLE",
     "Activate",
     "Command",
+    "CommandHandler",
     "CommandResult",
     "Device",
     "DeviceMemory",
     "EngineFailed",
-    "EngineLoop",
     "Environment",
     "GiveUpWake",
     "Load",

@@ -1,6 +1,6 @@
 """`python -m vllm_hotswap.host --channel FD`: the engine host process."""
 
-from vllm_hotswap.host.obey import VllmCommandHandler
+from vllm_hotswap.host.commands import VllmCommandHandler
 from vllm_hotswap.host.process import run
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from vllm_hotswap import failpoints
-from vllm_hotswap.host.loop import EngineLoop
+from vllm_hotswap.host.command_handler import CommandHandler
 from vllm_hotswap.host.messages import Ready, Stop
 from vllm_hotswap.host.platforms import parse_cores
 from vllm_hotswap.host.threads import remember_cores, use_all_cores
@@ -36,18 +36,6 @@ from vllm_hotswap.tasks import gc_paused
 log = logging.getLogger("vllm_hotswap.host")
 
 _quiet = Quiet()
-
-
-class CommandHandler(Protocol):
-    """Carries out the parent's commands."""
-
-    loop: EngineLoop
-
-    def prepare(self) -> None:
-        """Do once what every command would otherwise wait for."""
-
-    def submit(self, command: Any) -> None:
-        """Run `command` on the compute thread. Called by the channel's thread."""
 
 
 def run(module: str, make: Callable[[Callable[[Any], None]], CommandHandler]) -> NoReturn:

@@ -1,6 +1,6 @@
 """The protocols of an engine, and of the process that holds all engines, for the coordinator.
 
-Two implementations ship: `engines.vllm_engine` (the real one) and `testing.fake_engine` (complete,
+Two implementations ship: `engines.vllm_host` (the real one) and `testing.fake_host` (complete,
 without vLLM, for tests and for working on the server). `tests/contract` runs the same checks on
 both.
 """

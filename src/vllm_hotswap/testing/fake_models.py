@@ -16,8 +16,9 @@ from vllm_hotswap.config import MemoryBudget, ModelConfig, ServerConfig, resolve
 from vllm_hotswap.errors import ConfigMistakes, Mistake, mistakes_of
 from vllm_hotswap.launch import known_flags, weight_files
 from vllm_hotswap.models import Usage
-from vllm_hotswap.testing.fake_engine import MAX_RANK, FakeSettings
-from vllm_hotswap.testing.fake_frontend import Manners, Task
+from vllm_hotswap.testing.fake_answers import Manners
+from vllm_hotswap.testing.fake_frontend import Task
+from vllm_hotswap.testing.fake_settings import MAX_RANK, FakeSettings
 
 _GIB = 1 << 30
 

@@ -29,9 +29,11 @@ from vllm_hotswap.host import (
     WakeSlice,
 )
 from vllm_hotswap.models import HostStats, Pulse, Usage
-from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeEngine, FakeHost, FakeSettings
-from vllm_hotswap.testing.fake_frontend import WORDS
+from vllm_hotswap.testing.fake_engine import FakeEngine
+from vllm_hotswap.testing.fake_host import FakeHost
 from vllm_hotswap.testing.fake_process_host import Ask, Drop, Durations, Token
+from vllm_hotswap.testing.fake_settings import UNLIMITED, FakeSettings
+from vllm_hotswap.testing.fake_steps import FakeSteps, word
 
 MODULE = "vllm_hotswap.testing.fake_process_main"
 
@@ -54,17 +56,32 @@ class ProcessEngine(FakeEngine):
         async for _ in self.tokens(1):
             pass
 
-    async def tokens(self, max_tokens: int, name: str | None = None) -> AsyncIterator[str]:
+    def _make_steps(self) -> ProcessSteps:
+        return ProcessSteps(self.alias, self.host)
+
+
+class ProcessSteps(FakeSteps):
+    """The requests of one model whose engine is in the other process."""
+
+    def __init__(self, alias: str, host: FakeProcessHost) -> None:
+        super().__init__(alias, 0, host.request_ids, _nothing)
+        self._host = host
+
+    async def tokens(self, max_tokens: int, name: str) -> AsyncIterator[str]:
         try:
-            async with self.host.request(self.alias, max_tokens) as stamps:
+            async with self._host.request(self._alias, max_tokens) as stamps:
                 for number in range(max_tokens):
                     self.stamp = read_stamp(await stamps.next())
-                    self._check_stamp()
-                    yield WORDS[number % len(WORDS)].format(alias=name or self.alias)
+                    self.check_stamp()
+                    yield word(number, name)
             self.served += 1
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted += 1
             raise
+
+
+async def _nothing() -> None:
+    """The other process makes tokens, and takes the time for them."""
 
 
 class Stamps:
@@ -180,15 +197,13 @@ class FakeProcessHost(FakeHost):
                 if request in self._open:
                     self._open[request].put(stamp)
             case EngineFailed(alias=alias, load=load, cause=cause):
-                self.engines[alias].level = None
-                for callback in self._callbacks:
-                    callback(alias, cause, load)
+                self.engines[alias].leave_memory(None)
+                self.report_failure(alias, cause, load)
                 self._fail(EngineUnavailable(cause), alias)
 
     def _host_died(self, died: asyncio.Future[str]) -> None:
         for engine in self.engines.values():
-            engine.set_stepped(False)
-            engine.level = None
+            engine.leave_memory(None)
         if not died.cancelled():
             self._fail(EngineUnavailable(died.result()))
 

@@ -7,24 +7,19 @@ a thread of the same kind; only that its engines make a token by waiting for a w
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_hotswap.errors import HotswapError, one_line
+from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.failpoints import failpoint
 from vllm_hotswap.host import (
     Activate,
-    CommandResult,
-    EngineFailed,
-    EngineLoop,
+    CommandHandler,
     GiveUpWake,
     Load,
     LoadStage,
-    Ping,
     Sleep,
     Unload,
     Wake,
@@ -107,35 +102,18 @@ class SteppedFake:
         self._left.clear()
 
 
-class FakeCommandHandler:
-    """What is done for each command, on the compute thread."""
+class FakeCommandHandler(CommandHandler):
+    """Carries out commands with engines that make tokens.
+
+    The mutable state is `_engines`, which are made when they are first named, on the compute
+    thread.
+    """
 
     def __init__(self, send: Callable[[object], None]) -> None:
-        self._channel_send = send
-        self._send_lock = threading.Lock()
-        self._loads: dict[str, int] = {}
+        super().__init__(send, when_idle=lambda: None)
         self._engines: dict[str, SteppedFake] = {}
-        self.loop = EngineLoop(self._engine_failed)
 
-    def prepare(self) -> None:
-        """There is nothing to import."""
-
-    def submit(self, command: Any) -> None:
-        if isinstance(command, Ping):
-            self._send(CommandResult(command.id, result=self.loop.step_s))
-        else:
-            self.loop.submit(lambda: self._answer(command))
-
-    def _answer(self, command: Any) -> None:
-        try:
-            self._execute(command)
-            self._send(CommandResult(command.id))
-        except HotswapError as error:
-            self._send(CommandResult(command.id, error=error.message))
-        except Exception as error:  # noqa: BLE001  # told as the real host tells it
-            self._send(CommandResult(command.id, error=one_line(error)))
-
-    def _execute(self, command: Any) -> None:
+    def execute(self, command: Any) -> None:
         match command:
             case Load(alias=alias, number=number, vllm_config=durations):
                 failpoint("host.load", alias)
@@ -168,9 +146,9 @@ class FakeCommandHandler:
                 raise TypeError(f"unknown command {command!r}")
 
     def _load(self, alias: str, number: int, durations: Durations) -> None:
-        self._loads[alias] = number
+        self.note_load(alias, number)
         for stage in ("weights", "kv_cache", "warm_up"):
-            self._send(LoadStage(alias, stage))
+            self.send(LoadStage(alias, stage))
             failpoint(f"host.load.{stage}", alias)
             time.sleep(durations.load_s / 3)
         engine = self._engine(alias)
@@ -178,17 +156,10 @@ class FakeCommandHandler:
         self.loop.add(alias, engine)
 
     def _engine(self, alias: str) -> SteppedFake:
-        return self._engines.setdefault(alias, SteppedFake(self._send))
+        return self._engines.setdefault(alias, SteppedFake(self.send))
 
     def _loaded(self, alias: str) -> SteppedFake:
         engine = self._engine(alias)
         if engine.durations is None:
             raise HotswapError(f"engine {alias!r} is not loaded")
         return engine
-
-    def _engine_failed(self, alias: str, error: Exception) -> None:
-        self._send(EngineFailed(alias, self._loads[alias], one_line(error)))
-
-    def _send(self, message: object) -> None:
-        with self._send_lock, suppress(OSError):
-            self._channel_send(message)

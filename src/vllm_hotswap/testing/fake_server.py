@@ -19,7 +19,7 @@ from vllm_hotswap.errors import ConfigError
 from vllm_hotswap.launch import check_names, refuse_unknown
 from vllm_hotswap.models import Adapter, AdapterFiles
 from vllm_hotswap.server import Prepared, Start
-from vllm_hotswap.testing.fake_engine import FakeHost
+from vllm_hotswap.testing.fake_host import FakeHost
 from vllm_hotswap.testing.fake_models import adapters_of, budget_of, check_keys, settings_of
 
 log = logging.getLogger("vllm_hotswap")

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from vllm_hotswap.errors import HotswapError, NoRoom, one_line
+from vllm_hotswap.errors import HotswapError, NoRoom
 from vllm_hotswap.failpoints import failpoint
 from vllm_hotswap.host import loading
+from vllm_hotswap.host.command_handler import CommandHandler
 from vllm_hotswap.host.devices import Device, device_of
 from vllm_hotswap.host.heap import give_back_free_memory
 from vllm_hotswap.host.kv_cache import kv_shares
-from vllm_hotswap.host.loop import EngineLoop
 from vllm_hotswap.host.messages import (
     Activate,
     Command,
-    CommandResult,
-    EngineFailed,
     GiveUpWake,
     Load,
     Loaded,
@@ -28,7 +24,6 @@ from vllm_hotswap.host.messages import (
     Measure,
     MeasureNow,
     Message,
-    Ping,
     Sleep,
     Unload,
     Wake,
@@ -48,52 +43,34 @@ MAX_LEFTOVERS = 8
 """How many unloads may leave shells before these are collected, if no pause comes first."""
 
 
-class VllmCommandHandler:
-    """Turns commands into work on the compute thread and sends the answers.
+class VllmCommandHandler(CommandHandler):
+    """Carries out commands with vLLM's engines.
 
-    The mutable state is `_leftovers` (unloads whose shells wait for a collection), the number of
-    each model's last load, the environment variables of models, and the engines, which are the
-    loop's.
+    The mutable state is `_leftovers` (unloads whose shells wait for a collection), the environment
+    variables of models, and the engines, which are the loop's. All of it is changed on the compute
+    thread.
     """
 
     def __init__(self, send: Callable[[Message], None]) -> None:
-        self._channel_send = send
-        self._send_lock = threading.Lock()
+        super().__init__(send, self._tidy_up)
         self._leftovers = 0
-        self._loads: dict[str, int] = {}
         self._variables = Variables()
-        self.loop = EngineLoop(self._engine_failed, self._tidy_up)
 
     def prepare(self) -> None:
         """Import once what every load would otherwise wait for."""
         loading.prepare_host()
 
-    def submit(self, command: Command) -> None:
-        """Run `command` on the compute thread. Called by the channel's thread."""
-        # Answered here: on the compute thread, it would wait for the step that it asks about.
-        if isinstance(command, Ping):
-            self._send(CommandResult(command.id, result=self.loop.step_s))
-            return
-        self.loop.submit(lambda: self._answer(command))
-
-    def _answer(self, command: Command) -> None:
-        try:
-            answer = CommandResult(command.id, result=self._execute(command))
-        except NoRoom as error:
-            answer = CommandResult(command.id, error=error.message, lacks_room=True)
-        except HotswapError as error:
-            answer = CommandResult(command.id, error=error.message)
-        except Exception as error:
-            log.exception("event=command_failed command=%s", type(command).__name__)
-            answer = CommandResult(command.id, error=one_line(error))
-        # Not in a handler above: there the exception's traceback may still hold a half-loaded
-        # model, and nothing of it could be collected.
-        if answer.error is not None and isinstance(command, Load | Wake):
+    def after_failure(self, command: Command) -> None:
+        """Collect what is left of a model that could not be loaded or woken."""
+        if isinstance(command, Load | Wake):
             collect_leftovers()
             give_back_free_memory()
-        self._send(answer)
 
-    def _execute(self, command: Command) -> Any:
+    def after_death(self) -> None:
+        """Have what is left of a model collected later."""
+        self._leftovers += 1
+
+    def execute(self, command: Command) -> Any:
         match command:
             case Measure(device=device):
                 return device.memory()
@@ -101,7 +78,7 @@ class VllmCommandHandler:
                 return device.memory_now(enough_bytes)
             case Load(alias=alias, number=number, variables=environment):
                 failpoint("host.load", alias)
-                self._loads[alias] = number
+                self.note_load(alias, number)
                 self._variables.register(alias, environment)
                 with self._variables.applied(alias):
                     return self._load(command)
@@ -157,7 +134,7 @@ class VllmCommandHandler:
         return Loaded(engine.kv_bytes(), held, can_discard, weights_bytes, *sleep_bytes)
 
     def _on_stage(self, alias: str, stage: str) -> None:
-        self._send(LoadStage(alias, stage))
+        self.send(LoadStage(alias, stage))
         failpoint(f"host.load.{stage}", alias)
 
     def _make(self, command: Load) -> HostedEngine:
@@ -238,17 +215,6 @@ class VllmCommandHandler:
         engine = self._loaded(alias)
         self.loop.park(alias)
         return engine
-
-    def _engine_failed(self, alias: str, error: Exception) -> None:
-        log.error("event=engine_failed model=%s", value_text(alias), exc_info=error)
-        self._leftovers += 1
-        self._send(EngineFailed(alias, self._loads[alias], one_line(error)))
-
-    def _send(self, message: Message) -> None:
-        # Two threads send: without the lock, bytes of two messages could mix in the channel.
-        # A parent that is gone is noticed by the thread that reads the channel.
-        with self._send_lock, suppress(OSError):
-            self._channel_send(message)
 
 
 def _can_discard(device: Device, engine: HostedEngine) -> bool:
