@@ -40,7 +40,6 @@ class Plans:
     def used(self) -> Usage:
         return self.snapshot().used
 
-    @property
     def lacks_memory(self) -> bool:
         """Whether models count on more device memory than they may have."""
         return self.used.device > self.budget.device

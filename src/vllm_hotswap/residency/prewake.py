@@ -186,7 +186,7 @@ class Prewakes:
                 async with self._move_lock:
                     pass  # a move goes first
                 # A move in the meantime may have been planned before this wake started.
-                if self._plans.lacks_memory:
+                if self._plans.lacks_memory():
                     waking.given_up.set()
                 if not waking.is_given_up:
                     what = f"a slice of the wake of {model.alias!r}"

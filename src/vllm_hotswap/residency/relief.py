@@ -40,13 +40,13 @@ class Relief:
         async with self._ladder.move_lock():
             if not await self._ladder.device.try_to_measure():
                 return ()
-            if not self._plans.lacks_memory:
+            if not self._plans.lacks_memory():
                 self._logged_lack = None
                 return ()
             for model in self._registry:  # early wakes go first: no request needs them yet
                 with suppress(NoRoom):  # it is logged
                     await self._ladder.wakes.give_up_and_wait(model)
-            if not self._plans.lacks_memory:
+            if not self._plans.lacks_memory():
                 return ()
             moves = relief(self._plans.snapshot(), [model.alias for model in self._plans.active])
             self._log_lack(moves)
