@@ -177,9 +177,8 @@ class Operations:
             if not model.is_loaded:
                 model.engine.validate()
                 # The model that is active now, not when this was asked for: the lock was awaited.
-                evicted = (
-                    await self._ladder.make_room(model, keep=self._ladder.plans.active)
-                ).evicted
+                room = await self._ladder.make_room(model, keep=self._ladder.plans.active)
+                evicted = room.evicted
                 await self._ladder.bring_up(model)
             took_s = self._clock() - started_s
             return OperationResult(operation, model.alias, before, model.residency, took_s, evicted)
