@@ -26,8 +26,8 @@ class IdlePolicies:
         return f"<IdlePolicies of {[m.alias for m in self._registry if _idle_policy(m)]}>"
 
     @property
-    def are_there(self) -> bool:
-        """Whether any model has one."""
+    def has_any(self) -> bool:
+        """Whether any model has a policy."""
         return any(_idle_policy(model) for model in self._registry)
 
     async def rest_idle(self) -> None:

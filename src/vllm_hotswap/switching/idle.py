@@ -59,7 +59,7 @@ class IdleRest:
 
     async def run(self) -> None:
         """Until cancelled, move models down that have been idle for as long as they may be."""
-        while self._policies.are_there or self._settings.return_to_default is not None:
+        while self._policies.has_any or self._settings.return_to_default is not None:
             await asyncio.sleep(IDLE_CHECK_S)
             try:
                 await self.rest()
