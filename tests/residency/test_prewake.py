@@ -137,7 +137,7 @@ def test_a_wake_that_was_begun_before_says_nothing_of_the_next_one(play: Play) -
 
         await server.switch("qwen")
 
-        assert 10 == pytest.approx(model.up_s[Residency.ASLEEP])
+        assert 10 == pytest.approx(model.measured_up_s(Residency.ASLEEP))
         assert measured + 1 == server.auto.costs.version  # of the switch to llama
 
     play(
@@ -383,7 +383,7 @@ async def test_a_wake_is_given_up_when_others_take_memory(gpu: Server) -> None:
     await gpu.settled()
     gpu.host.taken_bytes = 5 * MIB
 
-    assert () == await gpu.coordinator.ladder.relieve()
+    assert () == await gpu.coordinator.idle.relief.relieve()
 
     assert {"llama": "active", "qwen": "asleep", "mistral": "parked"} == gpu.residencies
     assert (1, ("given_up", 5)) == (held(gpu), changes(gpu)[-1])
@@ -396,7 +396,7 @@ async def test_what_has_not_been_taken_yet_is_not_counted_as_taken(gpu: Server) 
     await gpu.settled()
     ladder = gpu.coordinator.ladder
 
-    assert (13 * MIB, 8 * MIB) == (ladder.used.device, ladder._taken_bytes)
+    assert (13 * MIB, 8 * MIB) == (ladder.plans.used.device, ladder.device.taken_bytes)
 
 
 @pytest.mark.parametrize("operation", ["unload", "wake", "load"])
@@ -577,7 +577,7 @@ async def between_slices(server: Server, *others: str) -> None:
     server.host.hold("wake_some", "qwen")
     for alias in ("qwen", *others):
         model = server.coordinator.registry.model(alias)
-        assert server.coordinator.ladder.begin_wake(model) is not None
+        assert server.coordinator.ladder.wakes.begin(model) is not None
     await server.settled()
 
 
@@ -614,14 +614,14 @@ def test_who_moves_models_ends_a_wake_between_two_slices(play: Play, way: str) -
         await asleep(server, "qwen", "mistral")
         if way == "load":
             await server.operate("mistral", "unload")
-        ladder, registry = server.coordinator.ladder, server.coordinator.registry
+        coordinator = server.coordinator
         await between_slices(server)
-        async with ladder.move_lock():
+        async with coordinator.ladder.move_lock():
             moving = {
-                "relieve": ladder.relieve,
-                "evict_all_but": lambda: in_turn(server, registry.model("llama")),
-                "load": lambda: ladder.load(registry.model("mistral")),
-                "wake": lambda: ladder.wake(registry.model("mistral")),
+                "relieve": coordinator.idle.relief.relieve,
+                "evict_all_but": lambda: in_turn(server, coordinator.registry.model("llama")),
+                "load": lambda: coordinator.operations.load("mistral"),
+                "wake": lambda: coordinator.operations.wake("mistral"),
             }[way]
             task = asyncio.create_task(moving())  # is next, before the next slice
             await server.settled()
@@ -655,7 +655,7 @@ def test_two_wakes_end_while_one_waits_for_the_other(play: Play) -> None:
             await server.settled()
             for alias in ("mistral", "qwen"):
                 model = server.coordinator.registry.model(alias)
-                await server.coordinator.ladder._wakes.give_up_and_wait(model)
+                await server.coordinator.ladder.wakes.give_up_and_wait(model)
 
         assert 0 == server.host.restarts
         assert (1, 1) == (held(server), held(server, "mistral"))
@@ -676,7 +676,7 @@ def test_giving_back_may_wait_for_a_load(play: Play) -> None:
         await announce(server, "qwen")
         await server.settled()
         server.host.hold("give_up_wake", "qwen")
-        server.coordinator.ladder.give_up_wake(server.coordinator.registry.model("qwen"))
+        server.coordinator.ladder.wakes.give_up(server.coordinator.registry.model("qwen"))
 
         await asyncio.sleep(88)
         assert 0 == server.host.restarts
@@ -703,14 +703,14 @@ async def test_what_is_taken_is_told_of_one_device(gpu: Server) -> None:
     model = gpu.coordinator.registry.model("qwen")
     assert model.waking is not None
     model.waking.progress = WakeProgress(4 * MIB, 10 * MIB)
-    assert 10 * MIB == ladder._taken_bytes
+    assert 10 * MIB == ladder.device.taken_bytes
 
-    ladder.give_up_wake(model)
+    ladder.wakes.give_up(model)
 
-    assert 8 * MIB == ladder._taken_bytes
+    assert 8 * MIB == ladder.device.taken_bytes
     gpu.host.release("give_up_wake", "qwen")
     await gpu.settled()
-    assert 8 * MIB == ladder._taken_bytes == ladder.used.device
+    assert 8 * MIB == ladder.device.taken_bytes == ladder.plans.used.device
 
 
 async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) -> None:
@@ -720,7 +720,7 @@ async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) 
     model = gpu.coordinator.registry.model("qwen")
 
     async def take_over() -> None:
-        async with gpu.coordinator.ladder._wakes.take_over(model):
+        async with gpu.coordinator.ladder.wakes.take_over(model):
             raise AssertionError("it was to be cancelled before")
 
     task = asyncio.create_task(take_over())
@@ -734,10 +734,10 @@ async def test_who_stops_waiting_for_a_slice_leaves_nothing_behind(gpu: Server) 
 
 async def test_no_wake_begins_once_the_server_ends(gpu: Server) -> None:
     """No wake starts once the server stops, because nothing would end it."""
-    ladder = gpu.coordinator.ladder
-    ladder.close()
+    wakes = gpu.coordinator.ladder.wakes
+    wakes.close()
 
-    assert ladder.begin_wake(gpu.coordinator.registry.model("qwen")) is None
+    assert wakes.begin(gpu.coordinator.registry.model("qwen")) is None
     await gpu.settled()
     assert [] == gpu.host.operations
 

@@ -42,7 +42,7 @@ async def test_models_move_down_when_others_take_memory(
     await gpu.switch("qwen")
     gpu.host.taken_bytes = 4 * MIB
 
-    moves = await gpu.coordinator.ladder.relieve()
+    moves = await gpu.coordinator.idle.relief.relieve()
 
     assert {"llama": "parked", "qwen": "active", "mistral": "asleep"} == gpu.residencies
     assert ["mistral"] == [move.alias for move in moves]
@@ -57,7 +57,7 @@ async def test_nobody_moves_when_others_take_what_is_free(
     await gpu.operate("mistral", "unload")
     gpu.host.taken_bytes = 6 * MIB
 
-    assert () == await gpu.coordinator.ladder.relieve()
+    assert () == await gpu.coordinator.idle.relief.relieve()
     assert "" == caplog.text
 
 
@@ -100,7 +100,7 @@ async def test_a_switch_for_which_others_have_left_no_room_is_refused_at_once(
 async def test_status_shows_what_others_hold(gpu: Server) -> None:
     """Status shows what others held at the last check, and the budget that they left."""
     gpu.host.taken_bytes = 5 * MIB
-    await gpu.coordinator.ladder.relieve()
+    await gpu.coordinator.idle.relief.relieve()
 
     device = (await gpu.get("/admin/status")).json()["memory"]["device"]
 
@@ -127,7 +127,7 @@ async def test_a_device_that_cannot_be_looked_at_soon_is_looked_at_later(
     gpu: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A check delayed by a long step is made later, and the host is not restarted for it."""
-    monkeypatch.setattr("vllm_hotswap.residency.ladder.LOOK_S", 0.0)
+    monkeypatch.setattr("vllm_hotswap.residency.device.LOOK_S", 0.0)
     never = asyncio.Event()
 
     async def measure_device(used_bytes: int) -> None:
@@ -136,7 +136,7 @@ async def test_a_device_that_cannot_be_looked_at_soon_is_looked_at_later(
     monkeypatch.setattr(gpu.host, "measure_device", measure_device)
     gpu.host.taken_bytes = 4 * MIB
 
-    assert () == await gpu.coordinator.ladder.relieve()
+    assert () == await gpu.coordinator.idle.relief.relieve()
     assert not gpu.host.died.done()
 
 
@@ -144,7 +144,7 @@ async def test_what_cannot_be_helped_is_told_once(
     gpu: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A shortage that no move can relieve is logged once, and again if it returns."""
-    relieve = gpu.coordinator.ladder.relieve
+    relieve = gpu.coordinator.idle.relief.relieve
     gpu.host.taken_bytes = 17 * MIB
     for _ in range(4):
         await relieve()
@@ -164,7 +164,7 @@ async def test_a_model_whose_weights_find_no_room_on_the_host_is_unloaded(gpu: S
     gpu.host.taken_bytes = 9 * MIB
     gpu.host.fail_next("sleep", "mistral", NoRoom("no host memory"))
 
-    await gpu.coordinator.ladder.relieve()
+    await gpu.coordinator.idle.relief.relieve()
 
     assert {"llama": "asleep", "qwen": "active", "mistral": "cold"} == gpu.residencies
 
@@ -175,9 +175,9 @@ async def test_a_device_that_is_not_shared_is_not_looked_at(gpu: Server) -> None
     gpu.host.taken_bytes = 18 * MIB
 
     await asyncio.wait_for(gpu.coordinator.watch_device(), 1)
-    await gpu.coordinator.ladder.measure_device()
+    await gpu.coordinator.ladder.device.measure()
 
-    assert 18 * MIB == gpu.coordinator.ladder.budget.device
+    assert 18 * MIB == gpu.coordinator.ladder.plans.budget.device
 
 
 async def test_a_sleep_without_host_memory_is_refused(gpu: Server) -> None:

@@ -356,7 +356,7 @@ def test_reader_that_is_slow_but_not_silent_holds_no_switch(play: Play) -> None:
 
     async def story(server: Server) -> None:
         watching = asyncio.create_task(server.app.router.disconnect_stalled_clients())
-        server.coordinator.ladder.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
+        server.coordinator.ladder.plans.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
         stream = await server.start_stream("llama", words=1000)
         other = server.ask("qwen", name="other")
         began_s = asyncio.get_running_loop().time()
@@ -379,7 +379,7 @@ def test_reader_that_keeps_up_is_waited_for(play: Play) -> None:
     """A client that keeps up is waited for, however long its answer is."""
 
     async def story(server: Server) -> None:
-        server.coordinator.ladder.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
+        server.coordinator.ladder.plans.can_keep_parked = lambda *_, **__: False  # type: ignore[method-assign]
         stream = server.request(
             "POST", CHAT, b'{"model": "llama", "stream": true, "max_tokens": 50}'
         )

@@ -70,7 +70,7 @@ from tools.gaudi.server import (
 )
 from vllm_hotswap.config.reader import load_config
 from vllm_hotswap.errors import InvalidRequest
-from vllm_hotswap.residency.ladder import Ladder
+from vllm_hotswap.residency.operations import refuse_unknown_level
 from vllm_hotswap.states import Residency
 from vllm_hotswap.system.caches import check_caches
 
@@ -1826,12 +1826,12 @@ def test_only_our_own_refusal_of_level_2_is_one(
     assert fault in found["wrong"][0]
 
 
-async def test_the_refusal_of_level_2_is_the_products() -> None:
+def test_the_refusal_of_level_2_is_the_products() -> None:
     """The product refuses level 2, with the expected message, where only level 1 is known."""
     footprint = SimpleNamespace(usage={Residency.ASLEEP: None})
     qwen = SimpleNamespace(alias="qwen", engine=SimpleNamespace(footprint=footprint))
     with pytest.raises(InvalidRequest) as refused:
-        await Ladder.sleep(SimpleNamespace(), qwen, 2)  # type: ignore[arg-type]  # asks no more
+        refuse_unknown_level(qwen, 2)  # type: ignore[arg-type]  # asks no more
     assert str(refused.value) in NO_LEVEL_2
     assert program.NO_LEVEL_2 in str(refused.value)
 

@@ -93,7 +93,7 @@ class HotswapApp:
             waking=lambda: {
                 m.alias: m.waking.done_bytes if m.waking else 0 for m in self.coordinator.registry
             },
-            budget=lambda: self.coordinator.ladder.budget.device,
+            budget=lambda: self.coordinator.ladder.plans.budget.device,
             job_leases=lambda: Counter(lease.model for lease in self.coordinator.jobs.leases),
             aliases=self.coordinator.registry.aliases,
         )

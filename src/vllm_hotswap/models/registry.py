@@ -28,7 +28,7 @@ from vllm_hotswap.errors import (
 from vllm_hotswap.events import RequestResult
 from vllm_hotswap.models.engine import Engine
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.scheduling import DEFAULT_TERMS, RequestTerms, Ticket
+from vllm_hotswap.scheduling import DEFAULT_TERMS, Average, RequestTerms, Ticket
 from vllm_hotswap.states import (
     RequestState,
     RequestStep,
@@ -364,6 +364,10 @@ class Waking:
         return 1 - self.done_bytes / self.total_bytes if self.total_bytes else 1.0
 
 
+NEWEST_UP = 0.5
+"""Weight of the newest of several times of bringing a model up."""
+
+
 @dataclass(eq=False, slots=True)
 class Model:
     """One configured model. Its residency changes only through `step`."""
@@ -385,7 +389,7 @@ class Model:
     pinned: bool = False
     is_verified: bool = False
     """Whether it has passed its verification since it was loaded or woken."""
-    up_s: dict[Residency, float] = field(default_factory=dict)
+    up_s: dict[Residency, Average] = field(default_factory=dict)
     """Measured seconds of bringing it up, by the residency from which it came."""
     prefetch: Prefetch | None = None
     """Kept until it is loaded or woken, or the prefetch is cancelled."""
@@ -399,6 +403,15 @@ class Model:
         """Move on the residency ladder; return the residency before."""
         before, self.residency = self.residency, advance(self.alias, self.residency, step)
         return before
+
+    def came_up(self, before: Residency, took_s: float) -> None:
+        """Record the seconds of a load or a wake; the first one pays for more than later ones."""
+        self.up_s.setdefault(before, Average(NEWEST_UP)).add(took_s)
+
+    def measured_up_s(self, before: Residency) -> float | None:
+        """Return the seconds of bringing it up from a residency; None: not measured yet."""
+        known = self.up_s.get(before)
+        return None if known is None else known.value
 
     @property
     def resting(self) -> Usage:

@@ -13,9 +13,9 @@ from typing import Literal
 
 from vllm_hotswap.events import Observer, PredictionSettled, PrefetchSettled
 from vllm_hotswap.models import Model, Prefetch, Registry, Waking
-from vllm_hotswap.residency.ladder import Ladder
 from vllm_hotswap.residency.prediction import Prediction, TransitionCounts
-from vllm_hotswap.residency.prewake import can_wake_beside
+from vllm_hotswap.residency.prefetch import Prefetches
+from vllm_hotswap.residency.prewake import Prewakes, can_wake_beside
 from vllm_hotswap.states import Residency
 
 PrefetchOutcome = Literal["begun", "under_way", "done", "not_needed", "no_room"]
@@ -64,13 +64,15 @@ class Lookahead:
     def __init__(
         self,
         registry: Registry,
-        ladder: Ladder,
+        prefetches: Prefetches,
+        wakes: Prewakes,
         observer: Observer,
         epoch: Callable[[], int],
         predicts: bool,
     ) -> None:
         self._registry = registry
-        self._ladder = ladder
+        self._prefetches = prefetches
+        self._wakes = wakes
         self._observer = observer
         self._epoch = epoch
         self._predicts = predicts
@@ -148,16 +150,16 @@ class Lookahead:
             return "not_needed", None
         if (known := model.prefetch) is not None and (known.is_under_way or known.read_bytes):
             return "under_way" if known.is_under_way else "done", known
-        if not self._ladder.spare_host_bytes(model):
+        if not self._prefetches.spare_bytes(model):
             return "no_room", None
-        return "begun", self._ladder.begin_prefetch(model)
+        return "begun", self._prefetches.begin(model)
 
     def _start_wake(self, model: Model) -> tuple[PrefetchOutcome, Waking | None]:
         if not can_wake_beside(model):
             return "not_needed", None
         if (known := model.waking) is not None and not known.is_given_up:
             return "done" if known.is_done else "under_way", known
-        waking = self._ladder.begin_wake(model)
+        waking = self._wakes.begin(model)
         return ("begun" if waking else "no_room"), waking
 
     def _settle(self, run: PrefetchRun, is_used: bool) -> None:
@@ -179,7 +181,7 @@ class Lookahead:
 
     def _give_up_wake(self, run: PrefetchRun) -> None:
         if run.waking is not None and run.model.waking is run.waking:
-            self._ladder.give_up_wake(run.model)
+            self._wakes.give_up(run.model)
 
     def _cancel(self, run: PrefetchRun) -> None:
         self._give_up_wake(run)
@@ -187,4 +189,4 @@ class Lookahead:
         if prefetch is None or prefetch.is_explicit:
             return
         if run.model.prefetch is prefetch:
-            self._ladder.cancel_prefetch(run.model)
+            self._prefetches.cancel(run.model)

@@ -10,27 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from contextvars import Context
-from typing import Protocol, TypeVar
 
-from vllm_hotswap.config import RecoveryConfig
 from vllm_hotswap.errors import HotswapError, NoRoom, one_line
 from vllm_hotswap.events import Observer, WakeChange, WakeChanged
 from vllm_hotswap.models import Model, Registry, Usage, Waking
+from vllm_hotswap.residency.commands import Commands
+from vllm_hotswap.residency.plans import Plans
 from vllm_hotswap.states import Residency
 from vllm_hotswap.system import value_text
 
-T = TypeVar("T")
-
 log = logging.getLogger("vllm_hotswap")
-
-
-class RunWithDeadline(Protocol):
-    """Awaits the work of an engine, with a deadline: `Ladder.run_with_deadline`."""
-
-    def __call__(self, work: Awaitable[T], timeout_s: float, what: str) -> Awaitable[T]: ...
 
 
 class Prewakes:
@@ -47,22 +39,17 @@ class Prewakes:
         observer: Observer,
         epoch: Callable[[], int],
         move_lock: asyncio.Lock,
-        run_with_deadline: RunWithDeadline,
-        lacks_memory: Callable[[], bool],
-        deadlines: RecoveryConfig,
+        plans: Plans,
+        commands: Commands,
     ) -> None:
-        """
-        Args:
-            turn: the lock that is held while models move.
-            lacks_memory: whether models count on more device memory than they may have.
-        """
-        self._lacks_memory = lacks_memory
+        """`move_lock` is held while models move."""
         self._registry = registry
         self._observer = observer
         self._epoch = epoch
         self._move_lock = move_lock
-        self._run_with_deadline = run_with_deadline
-        self._command_s = deadlines.command_timeout
+        self._plans = plans
+        self._commands = commands
+        deadlines = commands.deadlines
         # A slice may wait for a step, for as long as that may take: no request waits for it.
         self._slice_s = deadlines.step_timeout + deadlines.command_timeout
         # Parts are given back while models move: a load may come between two of them.
@@ -73,9 +60,9 @@ class Prewakes:
     def __repr__(self) -> str:
         return f"<Prewakes {[model.alias for model in self._registry if model.waking]}>"
 
-    def begin(self, model: Model, budget: Usage) -> Waking | None:
-        """Start to wake a model, if it sleeps and there is room for it right now."""
-        needs = _needs(model)
+    def begin(self, model: Model) -> Waking | None:
+        """Start to wake a sleeping model before it is asked for, if there is room right now."""
+        needs, budget = _needs(model), self._plans.budget
         if self._is_closed:
             return None
         if not can_wake_beside(model) or not (self._held_beside(model) + needs).fits(budget):
@@ -107,6 +94,11 @@ class Prewakes:
         before.cancel()
         waking.task = self._start_task(model, waking, [before])
 
+    def give_up_all(self) -> None:
+        """Do as `give_up` with every model."""
+        for model in self._registry:
+            self.give_up(model)
+
     async def give_up_and_wait(self, model: Model) -> None:
         """Do as `give_up`, and wait until all is given back. The caller holds `move_lock`.
 
@@ -116,7 +108,7 @@ class Prewakes:
         if (waking := model.waking) is not None:
             self.give_up(model)
             what = f"giving back the early wake of {model.alias!r}"
-            await self._run_with_deadline(asyncio.wait([waking.task]), self._command_s, what)
+            await self._commands.run(asyncio.wait([waking.task]), what)
             if model.waking is waking:
                 raise NoRoom(f"no room: {what} has failed; try again")
 
@@ -135,7 +127,10 @@ class Prewakes:
             self.give_up(model)
 
     def close(self) -> None:
-        """Stop all wakes: the server ends, and the host gives everything back."""
+        """Start no wake from now on, and stop those under way: the server ends.
+
+        The host gives everything back.
+        """
         self._is_closed = True
         for model in self._registry:
             if model.waking is not None:
@@ -177,7 +172,9 @@ class Prewakes:
         """Whether all was given back. If not, it still counts, and the next `give_up` retries."""
         what = f"giving back the early wake of {model.alias!r}"
         try:
-            await self._run_with_deadline(model.engine.give_up_wake(), self._give_back_s, what)
+            await self._commands.run_with_deadline(
+                model.engine.give_up_wake(), self._give_back_s, what
+            )
         except HotswapError as error:
             _log("wake_kept", model, error)
             return False
@@ -189,12 +186,14 @@ class Prewakes:
                 async with self._move_lock:
                     pass  # a move goes first
                 # A move in the meantime may have been planned before this wake started.
-                if self._lacks_memory():
+                if self._plans.lacks_memory():
                     waking.given_up.set()
                 if not waking.is_given_up:
                     what = f"a slice of the wake of {model.alias!r}"
                     slicing = model.engine.wake_some()
-                    waking.progress = await self._run_with_deadline(slicing, self._slice_s, what)
+                    waking.progress = await self._commands.run_with_deadline(
+                        slicing, self._slice_s, what
+                    )
         if not waking.is_given_up:
             self._notify(model, waking, "done")
 

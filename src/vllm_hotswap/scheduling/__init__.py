@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm_hotswap.scheduling.average import Average
 from vllm_hotswap.scheduling.costs import SwitchCosts
 from vllm_hotswap.scheduling.policies import batch, make_policy
 from vllm_hotswap.scheduling.policy import (
@@ -29,6 +30,7 @@ __all__ = [
     "DEFAULT_TERMS",
     "NEVER",
     "ActiveView",
+    "Average",
     "Decision",
     "ModelTerms",
     "Policy",

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
+from vllm_hotswap.scheduling.average import Average
 from vllm_hotswap.states import Residency
 
-Key = TypeVar("Key")
-
-NEW = 0.3
+NEWEST = 0.3
 """Weight of the newest of several measurements."""
 
 
@@ -20,8 +17,8 @@ class SwitchCosts:
     """
 
     def __init__(self) -> None:
-        self._exact: dict[tuple[str | None, str, Residency], float] = {}
-        self._by_target: dict[tuple[str, Residency], float] = {}
+        self._exact: dict[tuple[str | None, str, Residency], Average] = {}
+        self._by_target: dict[tuple[str, Residency], Average] = {}
         self.version = 0
         """Raised by every measurement."""
 
@@ -30,8 +27,8 @@ class SwitchCosts:
 
     def add(self, source: str | None, target: str, residency: Residency, cost_s: float) -> None:
         """Record a switch that took `cost_s`; `residency` is the target's before it."""
-        _average(self._exact, (source, target, residency), cost_s)
-        _average(self._by_target, (target, residency), cost_s)
+        self._exact.setdefault((source, target, residency), Average(NEWEST)).add(cost_s)
+        self._by_target.setdefault((target, residency), Average(NEWEST)).add(cost_s)
         self.version += 1
 
     def estimate(
@@ -39,9 +36,5 @@ class SwitchCosts:
     ) -> float:
         """Estimate the cost of a switch; `unknown_s` if none like it has been measured."""
         exact = self._exact.get((source, target, residency))
-        return self._by_target.get((target, residency), unknown_s) if exact is None else exact
-
-
-def _average(table: dict[Key, float], key: Key, value: float) -> None:
-    known = table.get(key)
-    table[key] = value if known is None else known + NEW * (value - known)
+        known = exact or self._by_target.get((target, residency))
+        return unknown_s if known is None or known.value is None else known.value

@@ -11,7 +11,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from vllm_hotswap.scheduling.costs import NEW
+from vllm_hotswap.scheduling.average import Average
+from vllm_hotswap.scheduling.costs import NEWEST
 from vllm_hotswap.scheduling.policy import (
     NEVER,
     ActiveView,
@@ -99,11 +100,16 @@ class _ModelQueue:
     arrivals_s: float = 0.0
     tokens: int = 0
     parked: int = 0
-    service_s: float = 0.0
+    service: Average = field(default_factory=lambda: Average(NEWEST))
+    """Seconds from the admission of a request to its end."""
     paused_until_s: float = 0.0
     """Until then, there is no switch to it."""
     view: QueueView | None = None
     """As last computed; None if it is out of date."""
+
+    @property
+    def service_s(self) -> float:
+        return self.service.value or 0.0
 
     def put(self, ticket: Ticket) -> None:
         """Insert in the order of arrival: an earlier request may have taken longer to get here."""
@@ -263,7 +269,8 @@ class Scheduler:
     def served(self, alias: str, took_s: float) -> None:
         """Note how long a request of the model took, from its admission on."""
         line = self._queues[alias]
-        line.service_s += (NEW if line.service_s else 1.0) * (took_s - line.service_s)
+        if took_s or line.service_s:  # 0 means unknown: a time of 0 does not begin the average
+            line.service.add(took_s)
         line.view = None
 
     def park(self, tickets: Iterable[Ticket], now_s: float, at_most_s: float = NEVER) -> None:

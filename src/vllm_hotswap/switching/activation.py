@@ -33,13 +33,14 @@ class Activation:
 
         Args:
             state: what the server does now.
-            ladder: moves models, and runs commands with a deadline.
+            ladder: moves models; its commands have a deadline.
             observer: is notified when parked requests continue.
             verifies: whether a model has to generate its canary before it serves.
             on_serving: called when a model is active and verified.
         """
         self._state = state
         self._ladder = ladder
+        self._commands = ladder.commands
         self._observer = observer
         self._verifies = verifies
         self._on_serving = on_serving
@@ -59,7 +60,7 @@ class Activation:
             lease.hold_output(epoch)
         is_to_be_verified = self._verifies and not target.is_verified
         activating = target.engine.activate(epoch, is_to_be_verified)
-        await self._ladder.run_command(target, Step.ACTIVATE.value, activating)
+        await self._commands.run_for(target, activating, Step.ACTIVATE.value)
         refuse_failed(target)  # it may have died while this waited
         if state.active is not None and state.active.residency is Residency.ACTIVE:
             self._ladder.step(state.active, Step.PARK)
@@ -72,7 +73,7 @@ class Activation:
     async def verify(self, target: Model) -> None:
         """Check that the target generates what it should, before it serves requests."""
         if self._verifies:
-            await self._ladder.run_command(target, "verify", target.engine.verify())
+            await self._commands.run_for(target, target.engine.verify(), "verify")
             refuse_failed(target)  # it may have died while this waited
         target.is_verified = True
         self._serve(target)
@@ -80,7 +81,7 @@ class Activation:
     async def repeat(self, source: Model) -> None:
         """Send the command again: the host may step another engine, as a result was lost."""
         activating = source.engine.activate(self._state.epoch)
-        await self._ladder.run_command(source, Step.ACTIVATE.value, activating)
+        await self._commands.run_for(source, activating, Step.ACTIVATE.value)
 
     def _serve(self, target: Model) -> None:
         self._state.last_active = target

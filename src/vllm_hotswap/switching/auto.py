@@ -88,7 +88,7 @@ class AutoAdmission:
         """`can_switch`: whether the server may begin a switch, and admit requests, now."""
         self._state = state
         self._registry = registry
-        self._ladder = ladder
+        self._plans = ladder.plans
         self._leases = leases
         self._settings = settings
         self._can_switch = can_switch
@@ -127,7 +127,7 @@ class AutoAdmission:
         model = self._registry.model(target)
         residency = model.residency
         if residency is Residency.ACTIVE and source is not None:  # the cost of switching back
-            residency = self._ladder.residency_after_switch(model, self._registry.model(source))
+            residency = self._plans.residency_after_switch(model, self._registry.model(source))
         unknown_s = up_cost_s(model, residency) + ACTIVATE_S
         return self.costs.estimate(source, target, residency, unknown_s)
 
@@ -320,7 +320,7 @@ class AutoAdmission:
         """Return the model to serve first, if `target` needs the memory of its parked requests."""
         active = self._state.active
         busy = [m for m in self._registry if m.parked and m not in (target, active)]
-        if not busy or self._ladder.can_keep_parked(target, drained=active):
+        if not busy or self._plans.can_keep_parked(target, drained=active):
             return None
         return busy[0]
 

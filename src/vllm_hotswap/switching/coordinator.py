@@ -73,11 +73,16 @@ class Coordinator:
             registry, host, observer, clock, lambda: state.epoch, deadlines
         )
         self.lookahead = Lookahead(
-            registry, ladder, observer, lambda: state.epoch, settings.predict
+            registry,
+            ladder.prefetches,
+            ladder.wakes,
+            observer,
+            lambda: state.epoch,
+            settings.predict,
         )
         self.jobs = Jobs(self, observer, settings.max_lease, clock)
         self.operations = Operations(
-            registry, ladder, self.lookahead, self.usable, deadlines.command_timeout
+            registry, ladder, self.lookahead, self.usable, clock, deadlines.command_timeout
         )
         self._activation = Activation(state, ladder, observer, settings.verify, self._on_serving)
         self._leases = Leases(state, observer, limits.in_flight, lambda: self.admission)
@@ -254,7 +259,7 @@ class Coordinator:
         """Admit nothing more; abort with an explicit error what still runs after `timeout_s`."""
         self._state.end("the server is shutting down")
         self.jobs.close()
-        self.ladder.close()
+        self.ladder.wakes.close()
         gone = EngineUnavailable("the server is shutting down")
         self.admission.close(gone)
         await self.recovery.stop()

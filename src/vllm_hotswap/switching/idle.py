@@ -8,7 +8,7 @@ import logging
 from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.errors import one_line
 from vllm_hotswap.models import EngineHost, Model, Registry
-from vllm_hotswap.residency import Ladder
+from vllm_hotswap.residency import IdlePolicies, Ladder, Relief, idle_residency
 from vllm_hotswap.states import Residency
 from vllm_hotswap.switching.activation import Activation
 from vllm_hotswap.switching.admission import Admission
@@ -44,6 +44,8 @@ class IdleRest:
         self._registry = registry
         self._host = host
         self._ladder = ladder
+        self._policies = IdlePolicies(registry, ladder, state.clock)
+        self.relief = Relief(registry, host, ladder)
         self._activation = activation
         self._admission = admission
         self._switcher = switcher
@@ -57,7 +59,7 @@ class IdleRest:
 
     async def run(self) -> None:
         """Until cancelled, move models down that have been idle for as long as they may be."""
-        while self._ladder.has_idle_policies or self._settings.return_to_default is not None:
+        while self._policies.has_any or self._settings.return_to_default is not None:
             await asyncio.sleep(IDLE_CHECK_S)
             try:
                 await self.rest()
@@ -71,13 +73,13 @@ class IdleRest:
             if self._state.host_is_gone:
                 continue
             try:
-                await self._ladder.relieve()
+                await self.relief.relieve()
             except Exception as error:  # noqa: BLE001  # the next check may succeed
                 log.warning("event=relief_failed cause=%r", one_line(error))
 
     async def rest(self) -> None:
         """Move idle models down, and return to the default model if that is due."""
-        await self._ladder.rest_idle()
+        await self._policies.rest_idle()
         if self._settings.mode == "auto":
             await self._rest_active()
         self._return_to_default()
@@ -108,7 +110,7 @@ class IdleRest:
         active = self._state.active
         if active is None or self._state.why_down is not None:
             return None
-        return self._ladder.idle_residency(active, self._idle_s())
+        return idle_residency(active, self._idle_s())
 
     def _return_to_default(self) -> None:
         after_s, state = self._settings.return_to_default, self._state

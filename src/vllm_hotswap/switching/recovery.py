@@ -117,7 +117,7 @@ class Recovery:
         self._observer.notify(EngineDied(self._state.epoch, alias, cause))
         if model is self._state.active:
             self._activation.clear()
-        self._ladder.give_up_wakes()  # recovery comes first
+        self._ladder.wakes.give_up_all()  # recovery comes first
         cleanup = asyncio.create_task(self._free_failed_engines())
         self._cleanups.add(cleanup)
         cleanup.add_done_callback(self._cleanups.discard)

@@ -30,11 +30,11 @@ class Startup:
         Raises:
             HotswapError: one of them cannot be loaded; the message names it.
         """
-        self._ladder.check()
+        self._ladder.plans.check()
         for model in (first, *others):
             model.engine.validate()
         async with self._ladder.move_lock():
-            if self._ladder.fit_together([first, *others]):
+            if self._ladder.plans.fit_together([first, *others]):
                 await self._together(first, others)
             else:
                 await self._in_turn(first, others)

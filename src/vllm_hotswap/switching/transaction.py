@@ -50,6 +50,8 @@ class SwitchTransaction:
         self._state = state
         self._host = host
         self._ladder = ladder
+        self._plans = ladder.plans
+        self._prefetches = ladder.prefetches
         self._activation = activation
         self._admission = admission
         self._observer = observer
@@ -63,7 +65,7 @@ class SwitchTransaction:
         target = switch.target
         async with self._phase(switch, SwitchPhase.VALIDATE):
             if not target.is_loaded:
-                await self._ladder.measure_device()
+                await self._ladder.device.measure()
             self._validate(switch)
             await target.engine.rehearse()
         switch.moves, switch.residency = not target.is_loaded, target.residency
@@ -71,7 +73,7 @@ class SwitchTransaction:
         async with self._phase(switch, SwitchPhase.DRAIN):
             await self._drain(switch)
         switch.is_awaited = target.waking is not None
-        self._ladder.cancel_prefetch(target)  # the load reads the rest itself
+        self._prefetches.cancel(target)  # the load reads the rest itself
         async with self._phase(switch, SwitchPhase.MAKE_ROOM):
             room = await self._ladder.make_room(target)
             switch.evicted, switch.requests_lost = room.evicted, room.requests_lost
@@ -93,9 +95,9 @@ class SwitchTransaction:
         if reads_files:
             target.engine.validate()
         if not target.is_loaded:
-            self._ladder.plan(target, switch.source)
+            self._plans.of_switch(target, switch.source)
         if reads_files and switch.source is not None and switch.source.leases:
-            self._ladder.begin_prefetch(target)
+            self._prefetches.begin(target)
 
     # --- the drain --------------------------------------------------------------------------
 
@@ -136,7 +138,7 @@ class SwitchTransaction:
         Requests whose clients read slower than their answers come are aborted: otherwise such a
         client could hold up all others for as long as it likes.
         """
-        if switch.may_park and self._ladder.can_keep_parked(switch.target):
+        if switch.may_park and self._plans.can_keep_parked(switch.target):
             self._park(switch, source)
         now_s = asyncio.get_running_loop().time
         while drain.is_running(source):

@@ -260,7 +260,8 @@ def _waking(model: Model) -> WakingStatus | None:
 
 def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:
     """Return budgets and what models hold; for the device, with what the host itself holds."""
-    budget, used, base = coordinator.ladder.budget, coordinator.ladder.used, host.base_bytes
+    plans, base = coordinator.ladder.plans, host.base_bytes
+    budget, used = plans.budget, plans.used
     return {
         "device": {
             "budget": budget.device + base,
@@ -270,7 +271,7 @@ def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:
         },
         "host": {
             "budget": budget.host,
-            "used": used.host + coordinator.ladder.prefetched_bytes,
+            "used": used.host + coordinator.ladder.prefetches.held_bytes,
         },
     }
 

@@ -169,7 +169,7 @@ async def test_announcement_has_precedence_over_a_prediction(make_server: MakeSe
     """Where there is room for one of them only, the announced model is read."""
     server = await make(make_server, host_mib=1)
     await walk(server, "b", "a", "b", "a")  # b is expected, and read
-    assert MIB == server.coordinator.ladder.prefetched_bytes
+    assert MIB == server.coordinator.ladder.prefetches.held_bytes
 
     assert "begun" == (await announce(server, "c"))["prefetch"]
     await server.settled()
