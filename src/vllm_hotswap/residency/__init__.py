@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from vllm_hotswap.residency.ladder import Ladder, OperationResult, refuse_failed, up_cost_s
-from vllm_hotswap.residency.lookahead import Lookahead
+from vllm_hotswap.residency.lookahead import Lookahead, PredictionStats
 from vllm_hotswap.residency.operations import Operations
 from vllm_hotswap.residency.planner import Move, Plan
+from vllm_hotswap.residency.prediction import Prediction
 
 __all__ = [
     "Ladder",
@@ -14,6 +15,8 @@ __all__ = [
     "OperationResult",
     "Operations",
     "Plan",
+    "Prediction",
+    "PredictionStats",
     "refuse_failed",
     "up_cost_s",
 ]
