@@ -106,7 +106,7 @@ async def test_source_gives_nothing_up_while_it_is_drained(tight: Server) -> Non
     stream = await tight.start_stream("llama")
     switch = tight.switch("qwen")
     await tight.settled()
-    assert ("drain", "active") == (tight.coordinator.phase, tight.residency("llama"))
+    assert ("drain", "active") == (tight.coordinator.serving().phase, tight.residency("llama"))
 
     answer = await stream.finish()
 
@@ -142,7 +142,10 @@ async def test_requests_for_a_target_that_is_loaded_are_answered(tight: Server) 
     await tight.settled()
     second = tight.ask("qwen")
     await tight.settled()
-    assert ("bring_up", 2) == (tight.coordinator.phase, tight.coordinator.waiting)
+    assert ("bring_up", 2) == (
+        tight.coordinator.serving().phase,
+        tight.coordinator.snapshot().waiting,
+    )
 
     tight.host.release("load", "qwen")
 
@@ -587,7 +590,7 @@ async def test_shutdown_settles_a_switch_that_waits_for_its_turn(server: Server)
     await server.coordinator.shut_down(0)
 
     assert [503, 503] == [(await switch).status_code, (await held).status_code]
-    assert "idle" == server.coordinator.phase
+    assert "idle" == server.coordinator.serving().phase
     server.host.release("sleep", "qwen")
 
 
@@ -604,7 +607,7 @@ async def test_shutdown_settles_a_switch_on_its_way_back(server: Server) -> None
     await server.coordinator.shut_down(0)
 
     assert [503, 503] == [(await switch).status_code, (await held).status_code]
-    assert "idle" == server.coordinator.phase
+    assert "idle" == server.coordinator.serving().phase
 
 
 async def test_failed_model_is_planned_for_like_a_cold_one(server: Server) -> None:
@@ -694,7 +697,7 @@ async def test_switch_waits_for_the_operation_under_way(server: Server) -> None:
     await server.settled()
     switch = server.switch("qwen")
     await server.settled()
-    assert "validate" == server.coordinator.phase
+    assert "validate" == server.coordinator.serving().phase
     assert "llama" == (await server.ask("llama")).json()["model"]
 
     server.host.release("sleep", "qwen")
@@ -1018,7 +1021,7 @@ class Walk:
     def check(self) -> None:
         """Check what holds whenever nothing is under way."""
         engines, active = self.server.host.engines, self.server.coordinator.active
-        assert "idle" == self.server.coordinator.phase
+        assert "idle" == self.server.coordinator.serving().phase
         assert self.server.host.most_held_bytes <= self.budget or len(self.alive) < len(ALIASES)
         assert {alias: LEVELS[where] for alias, where in self.alive.items()} == {
             alias: engines[alias].level for alias in self.alive

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from vllm_hotswap.switching.coordinator import Coordinator
 from vllm_hotswap.switching.job_leases import JobLease
-from vllm_hotswap.switching.jobs import Jobs
 from vllm_hotswap.switching.snapshot import (
     MemoryUse,
     ModelSnapshot,
@@ -18,7 +17,6 @@ __all__ = [
     "Clock",
     "Coordinator",
     "JobLease",
-    "Jobs",
     "MemoryUse",
     "ModelSnapshot",
     "ServerSnapshot",

@@ -228,7 +228,7 @@ class Coordinator:
             waiting=self.admission.waiting_for(model),
             memory=model.engine.memory,
             held=model.held,
-            waking=waking and WakingSnapshot(waking.done_bytes, waking.total_bytes),
+            waking=WakingSnapshot(waking.done_bytes, waking.total_bytes) if waking else None,
             pinned=model.pinned,
             job_leases=job_leases,
             idle_s=None if model.last_used_s is None else now_s - model.last_used_s,

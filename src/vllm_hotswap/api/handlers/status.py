@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,13 @@ class Admin:
         self._registries = registries
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse(model_list(self._coordinator))
+        coordinator = self._coordinator
+        return JSONResponse(model_list(coordinator.registry, coordinator.active))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["alias"]
         model = self._coordinator.registry.owner(name)
-        return JSONResponse(named_card(name, model, self._coordinator))
+        return JSONResponse(named_card(name, model, self._coordinator.active))
 
     async def switch(self, request: Request) -> Response:
         call = _parse(await request.body())
@@ -123,13 +124,12 @@ class Admin:
         return Response(body, headers={"content-type": metrics.CONTENT_TYPE})
 
 
-def model_card(model: Model, coordinator: Coordinator) -> dict[str, Any]:
-    """Return vLLM's model card of a model, with our status."""
-    active = coordinator.active == model.alias
+def model_card(model: Model, active: str | None) -> dict[str, Any]:
+    """Return vLLM's model card of a model, with our status; `active` is the active alias."""
     status: dict[str, Any] = {
         "value": STATUS_VALUES[model.residency],
         "residency": model.residency.value,
-        "active": active,
+        "active": model.alias == active,
     }
     if model.residency is Residency.FAILED:
         status["failed"] = True
@@ -151,9 +151,9 @@ def _root(card: Mapping[str, object]) -> str:
     return root.name if root.is_absolute() else str(root)
 
 
-def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, Any]:
+def named_card(name: str, model: Model, active: str | None) -> dict[str, Any]:
     """Return the card for a name: any name of the model, or one of its adapters."""
-    card = {**model_card(model, coordinator), "id": name}
+    card = {**model_card(model, active), "id": name}
     if (adapter := model.engine.adapters.get(name)) is None:
         return card
     failed = {"failed": True} if adapter.failure is not None else {}
@@ -165,13 +165,13 @@ def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, A
     }
 
 
-def model_list(coordinator: Coordinator) -> dict[str, Any]:
+def model_list(models: Iterable[Model], active: str | None) -> dict[str, Any]:
     """Return OpenAI's model list: every name of every configured model, whatever its residency."""
     return {
         "object": "list",
         "data": [
-            named_card(name, model, coordinator)
-            for model in coordinator.registry
+            named_card(name, model, active)
+            for model in models
             for name in (model.alias, *model.engine.aliases, *model.engine.adapters)
         ],
     }
