@@ -10,7 +10,7 @@ from unittest.mock import AsyncMock
 import pytest
 
 from tests.conftest import MakeServer, Play
-from tests.helpers.support import CHAT, Server
+from tests.helpers.support import CHAT, Server, settled
 from vllm_hotswap.config.settings import LimitsConfig
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import RequestEnded, SwitchEnded
@@ -588,6 +588,65 @@ async def test_death_of_the_host_keeps_who_waits(auto: Server) -> None:
     auto.host.kill()
     assert not (await first.finish()).is_whole
     assert "qwen" == model_of(await waiting)
+
+
+@pytest.mark.parametrize(("step", "target"), [("activate", "qwen"), ("load", "mistral")])
+async def test_a_host_that_dies_in_a_switch_gets_no_requests(
+    auto: Server, step: str, target: str
+) -> None:
+    """Requests for the source that wait for a switch are served by the next host."""
+    auto.host.hold(step, target)
+    first = auto.ask(target)
+    await auto.settled()
+    waiting = auto.ask("llama")
+    await auto.settled()
+    auto.host.kill()
+
+    assert "llama" == model_of(await waiting)
+    await first
+
+
+@pytest.mark.parametrize("target", ["qwen", "mistral"])
+async def test_a_client_that_leaves_its_wait_is_not_served(auto: Server, target: str) -> None:
+    """A client that leaves while its request waits counts as such, loaded model or not."""
+    auto.host.hold("activate", target)
+    auto.host.hold("load", target)
+    stream = auto.stream(target)
+    await auto.settled()
+    stream.disconnect()
+    await auto.settled()
+    auto.host.release("load", target)
+    auto.host.release("activate", target)
+
+    assert ["left"] == [one.result for one in auto.events.of(RequestEnded)]
+
+
+async def test_a_request_that_waits_counts_for_its_name(auto: Server) -> None:
+    """A request for a model without a frontend is in flight under the name that it gives."""
+    auto.host.hold("load", "mistral")
+    auto.ask("mistral")
+    await auto.settled()
+
+    assert 1 == auto.coordinator.registry.model("mistral").in_flight_as("mistral")
+    auto.host.release("load", "mistral")
+
+
+async def test_a_connection_that_becomes_idle_in_the_last_drain_is_ended() -> None:
+    """A WebSocket that is taken out of a drain while the server stops is ended, too."""
+    live = {"llama": FakeSettings(tasks=("generate", "realtime"), token_s=0.15)}
+    server = await Server(mode="auto", drain_timeout=60, settings=live).start()
+    connection = server.websocket("/v1/realtime", "model=llama")
+    await settled()
+    connection.send("one two three four five")
+    await asyncio.sleep(0.2)
+    server.ask("qwen")
+    await asyncio.sleep(0.1)
+    assert "drain" == server.coordinator.serving().phase
+
+    await server.coordinator.shut_down(5)
+
+    assert not any(model.entered or model.leases for model in server.coordinator.registry)
+    await server.stop()
 
 
 async def test_stop_tells_who_waits(auto: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.conftest import MakeServer
 from tests.helpers.depth import examples
-from tests.helpers.support import Server
+from tests.helpers.support import Server, settled
 from vllm_hotswap.errors import (
     ConfigError,
     EngineUnavailable,
@@ -915,3 +916,37 @@ def test_no_mix_of_events_leaks_or_hangs(actions: list[tuple[str, object, bool]]
 
 def active(server: Server) -> list[str]:
     return [alias for alias in server.in_flight if server.residency(alias) == "active"]
+
+
+async def test_a_held_request_counts_for_its_name_and_has_its_arrival(server: Server) -> None:
+    """A request that is held for a switch is in flight under its name from its arrival on."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await settled()
+    held = server.ask("qwen")
+    await settled()
+    [lease] = server.coordinator.registry.model("qwen").entered
+    assert 1 == server.coordinator.registry.model("qwen").in_flight_as("qwen")
+    assert 0 < lease.arrived_s <= time.monotonic()
+
+    server.host.release("activate", "qwen")
+    await asyncio.gather(switch, held)
+
+    assert [] == list(server.coordinator.registry.model("qwen").entered)
+    assert 0 <= server.events.of(RequestEnded)[0].waited_s < 60
+
+
+async def test_a_request_that_leaves_while_it_is_held_leaves_nothing(server: Server) -> None:
+    """A held request whose client leaves is forgotten, and the next drain does not wait for it."""
+    server.host.hold("activate", "qwen")
+    switch = server.switch("qwen")
+    await settled()
+    stream = server.stream("qwen")
+    await settled()
+    stream.disconnect()
+    await settled()
+    server.host.release("activate", "qwen")
+    await switch
+
+    model = server.coordinator.registry.model("qwen")
+    assert (0, 0) == (model.in_flight, server.coordinator.snapshot().waiting)

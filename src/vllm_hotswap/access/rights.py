@@ -125,6 +125,8 @@ def refuse_shared(members: Sequence[tuple[Group, Keys]]) -> None:
 class Headers(Protocol):
     """The header fields of a request, by lower-case name."""
 
+    def get(self, key: str, default: str, /) -> str: ...
+
     def getlist(self, key: str) -> Sequence[str]: ...
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vllm_hotswap.access.keys import Key, Keys, KeySource, split_keys
 from vllm_hotswap.access.rights import (
@@ -22,15 +22,13 @@ from vllm_hotswap.access.rights import (
     EVERYBODY,
     Account,
     Group,
+    Headers,
     Rights,
     read_members,
     read_terms,
 )
 from vllm_hotswap.errors import ConfigError, SwitchNotAllowed, Unauthorized
 from vllm_hotswap.scheduling import DEFAULT_TERMS, RequestTerms
-
-if TYPE_CHECKING:  # clients of a server do without Starlette
-    from starlette.datastructures import Headers
 
 log = logging.getLogger("vllm_hotswap")
 

@@ -235,9 +235,12 @@ class ResponseRelay:
         if self.sent % PER_TURN == PER_TURN - 1:
             await give_back()  # a large request may have many events ready, in one task
         if self.lease is not None:
+            # The gate first, then the cut. vLLM answers an aborted request as if it had ended by
+            # itself, with `finish_reason: "abort"` and status 200. A cut opens the gate, so a check
+            # before it would pass that on as the response: the client would take it for whole.
+            # The same holds for output of an engine that fails its verification.
             if self.lease.gate is not None:
                 await asyncio.wait([self.lease.gate])
-            # Checked after the gate: a cut opens the gate, too.
             if self.lease.cut is not None:
                 return False  # what an application sends after a cut is not the response
             if message["type"] in ("http.response.start", "websocket.http.response.start"):

@@ -159,8 +159,8 @@ class Router:
         del fields  # only the body itself is kept for long
         if kept is not None:
             await self._serve_kept_response(*kept, scope, receive, body, answer)
-        if request is None:
             return None
+        assert request is not None
         refusal = await self._route(scope, receive, answer, request)
         if answer.lease is None or (answer.lease.cut and answer.lease.admitted_s is None):
             self._rates.give_back(account)  # the server was full, or the model never became active
@@ -180,7 +180,9 @@ class Router:
             previous = fields.previous_response_id
             name = responses.alias_of_previous_response(self._registry, previous, name)
         model = self._coordinator.resolve_target(name)
-        self._check_route(model, method, path)
+        # The model that was active last may not be the one that is active next.
+        if name is not None or model.alias in (self._coordinator.target, self._coordinator.active):
+            self._check_route(model, method, path)
         terms = self._terms(scope, model)
         requests = asked.requests_of(path, fields.members, self._limits)
         asked.check_grammar(fields.members, self._limits, model.engine.are_tools_strict)

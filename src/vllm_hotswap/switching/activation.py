@@ -29,12 +29,14 @@ class Activation:
         verifies: bool,
         on_serving: Callable[[], None],
     ) -> None:
-        """Args:
-        state: what the server does now.
-        ladder: moves models, and runs commands with a deadline.
-        observer: is notified when parked requests continue.
-        verifies: whether a model has to generate its canary before it serves.
-        on_serving: called when a model is active and verified.
+        """Leave no model active.
+
+        Args:
+            state: what the server does now.
+            ladder: moves models, and runs commands with a deadline.
+            observer: is notified when parked requests continue.
+            verifies: whether a model has to generate its canary before it serves.
+            on_serving: called when a model is active and verified.
         """
         self._state = state
         self._ladder = ladder

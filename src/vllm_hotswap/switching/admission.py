@@ -1,7 +1,8 @@
 """A request's hold on its model, from its entry to its last byte, in both modes.
 
-`Leases` begins and ends every lease. What differs between the modes `manual` and `auto` is behind
-the protocol `Admission`: when a request gets its turn, and what a switch means for those that wait.
+What differs between the modes `manual` and `auto` is behind the protocol `Admission`: it makes a
+lease when a request enters, and says when the request gets its turn. `Leases` has what is common to
+both: granting a turn, bounds, and the end.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ class Admission(Protocol):
     ) -> None:
         """Fail what waited for a switch that has failed, or was refused by its drain."""
 
-    def activated(self, model: Model, held_until_s: float | None) -> None:
-        """Serve a model that is active and verified; jobs hold it until then (None: they do not).
+    def activated(self, model: Model, leased_until_s: float | None) -> None:
+        """Serve a model that is active and verified; jobs lease it until then (None: they do not).
 
         Called after every switch, whether or not it succeeded.
         """
 
-    def held_until(self, until_s: float | None) -> None:
+    def leased_until(self, until_s: float | None) -> None:
         """Note until when a job holds the active model: perhaps for ever, or not at all (None)."""
 
     def advance(self) -> None:
@@ -89,11 +90,11 @@ class Admission(Protocol):
 
 
 class Leases:
-    """Begins and ends leases.
+    """Grants leases their turn, and releases them.
 
-    A lease is released in one place, `hold`, whatever becomes of its request: admitted or refused,
-    served, aborted, or left by its client. An admission that has made a lease and then fails passes
-    it to `release` itself, as `hold` never sees it.
+    `hold` releases every lease that an admission has returned, whatever becomes of its request:
+    served, aborted, or left by its client. An admission that fails after it has made a lease ends
+    it itself. A request for a kept response has a lease that is never granted; the router ends it.
     """
 
     def __init__(
@@ -122,7 +123,6 @@ class Leases:
     ) -> AsyncIterator[Lease]:
         """Hold a model while the body runs; see `Coordinator.lease`."""
         lease = await self._admission().enter(model, name, terms, preview)
-        lease.name = name
         try:
             yield lease
         finally:
@@ -160,6 +160,7 @@ class Leases:
         self._state.touch()
         model.last_used_s = self._state.used_s
         lease.admit(self._state.epoch, self._state.used_s)
+        model.entered.pop(lease, None)
         model.leases[lease] = None
 
     def release(self, lease: Lease) -> None:
@@ -170,11 +171,11 @@ class Leases:
         drain.release(model, lease)
         state.touch()
         model.last_used_s = state.used_s
-        if isinstance(lease.cut, WrongStamp):
-            self._observer.notify(OutputRefused(state.epoch, lease.alias, lease.cut.stamp))
-        elif isinstance(lease.cut, ClientStalled):
-            self._observer.notify(ClientEvicted(state.epoch, lease.alias))
         try:
+            if isinstance(lease.cut, WrongStamp):
+                self._observer.notify(OutputRefused(state.epoch, lease.alias, lease.cut.stamp))
+            elif isinstance(lease.cut, ClientStalled):
+                self._observer.notify(ClientEvicted(state.epoch, lease.alias))
             self._observer.notify(self._ended(lease))
         finally:
             self._admission().left(lease)

@@ -1,8 +1,7 @@
-"""The mode `auto`: requests wait for their turn at their engine, and the server switches by itself.
+"""The mode `auto`: requests wait for their turn, and the server switches by itself.
 
-A request enters its model's own frontend at once: an invalid one is refused without a switch.
-Before anything of it reaches the engine, it waits here for its turn. `scheduler` and its policy
-decide; `switcher` carries out the decision.
+`turns` has the requests that wait. `scheduling` and its policy decide whose turn it is, and when to
+switch to which model; `switcher` carries out the switch.
 """
 
 from __future__ import annotations
@@ -10,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 from vllm_hotswap.config import SwitchingConfig
 from vllm_hotswap.errors import (
     EngineUnavailable,
+    HotswapError,
     QueueFull,
     RateLimited,
     SwitchFailed,
     SwitchNotAllowed,
-    WaitTimeout,
     one_line,
 )
 from vllm_hotswap.models import Cut, Lease, Model, Registry, drain
@@ -34,16 +33,16 @@ from vllm_hotswap.scheduling import (
     Scheduler,
     SwitchCosts,
     SwitchTo,
-    Ticket,
     WaitUntil,
     batch,
     make_policy,
 )
-from vllm_hotswap.states import RequestStep, Residency, SwitchPhase
+from vllm_hotswap.states import Residency, SwitchPhase
 from vllm_hotswap.switching.admission import Leases, Preview, crowding_refusal
 from vllm_hotswap.switching.backoff import BackOff
 from vllm_hotswap.switching.state import ServingState
 from vllm_hotswap.switching.switch import Switch
+from vllm_hotswap.switching.turns import Turns
 
 log = logging.getLogger("vllm_hotswap")
 
@@ -70,8 +69,7 @@ class AutoAdmission:
     The mutable state is:
 
     - the scheduler;
-    - `_leases`: leases of requests that have not had their turn, by ticket, each with a future if
-      the request waits;
+    - `_turns`: requests that have not had their turn;
     - `_timer`: when the policy wants to be asked again;
     - `_backoff`: models that could not be brought up a moment ago;
     - `_is_closed`: whether no further decisions are made.
@@ -91,7 +89,7 @@ class AutoAdmission:
         self._state = state
         self._registry = registry
         self._ladder = ladder
-        self._turns = leases
+        self._leases = leases
         self._settings = settings
         self._can_switch = can_switch
         self._begin_switch = begin_switch
@@ -103,14 +101,22 @@ class AutoAdmission:
             make_policy(settings.policy, self._policy_settings),
             self._cost_s,
         )
-        self._leases: dict[Ticket, tuple[Lease, asyncio.Future[None] | None]] = {}
+        self._turns = Turns(
+            self.scheduler,
+            leases,
+            state.clock,
+            settings.wait_timeout,
+            self._refusal,
+            self._is_served_now,
+            self._on_arrival,
+        )
         self._timer: asyncio.TimerHandle | None = None
         self._backoff = BackOff()
         self._is_closed = False
         ladder.on_step = self.scheduler.costs_changed
 
     def __repr__(self) -> str:
-        return f"<AutoAdmission not_admitted={len(self._leases)} {self.scheduler!r}>"
+        return f"<AutoAdmission not_admitted={len(self._turns)} {self.scheduler!r}>"
 
     def _terms(self, model: Model) -> ModelTerms:
         policy = model.settings
@@ -152,22 +158,21 @@ class AutoAdmission:
         """
         if self._state.why_down is not None:
             raise EngineUnavailable(self._state.why_down)
-        lease = self._enter(model, terms)
+        lease = self._enter(model, name, terms)
         if model.engine.routes is None:
             await self._wait_for_frontend(model, lease, preview)
         return lease
 
-    def _enter(self, model: Model, terms: RequestTerms) -> Lease:
+    def _enter(self, model: Model, name: str | None, terms: RequestTerms) -> Lease:
         if refused := self._switch_refusal(model, terms):
             raise refused
         if model is not self._state.active:
             self._backoff.refuse(model, self._clock(), self._state.active_alias)
-        self._turns.refuse_if_full(model, retry_after_s=partial(self.retry_after_s, model))
+        self._leases.refuse_if_full(model, retry_after_s=partial(self.retry_after_s, model))
         if not self._is_served_now(model) and (crowded := self._crowding_refusal(model)):
             raise crowded
-        lease = Lease(model, self._state.epoch, asyncio.current_task())
-        lease.terms = terms
-        self._register(model, lease)
+        lease = Lease(model, self._state.epoch, asyncio.current_task(), name=name, terms=terms)
+        self._turns.register(lease)
         return lease
 
     async def _wait_for_frontend(self, model: Model, lease: Lease, preview: Preview | None) -> None:
@@ -176,43 +181,35 @@ class AutoAdmission:
             if preview is not None:
                 await preview(lease)
             if model.engine.routes is None:
-                await self.wait_for_turn(lease)
+                await self._turns.wait(lease)
             if lease.cut is not None:
                 raise lease.cut
-        except BaseException:
-            self._turns.release(lease)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                lease.client_left = lease.cut is None
+            elif lease.status < 400:  # a preview that refuses has set it
+                lease.status = error.status if isinstance(error, HotswapError) else 500
+            self._leases.release(lease)
             raise
 
-    def _register(self, model: Model, lease: Lease) -> Ticket:
-        """Give the lease a ticket, as if its request arrived now; it asks for its turn later."""
-        lease.arrived_s = now_s = self._clock()
-        lease.ticket = ticket = self.scheduler.ticket(model.alias, now_s, lease.terms)
-        lease.wait_for_turn, lease.admitted_s = partial(self._wait_or_cancel, lease), None
-        self._leases[ticket] = (lease, None)
-        model.entered[lease] = None
-        return ticket
+    async def wait_for_turn(self, lease: Lease) -> None:
+        """Wait until it is the request's turn, or the request has been cut or timed out."""
+        await self._turns.wait(lease)
 
-    def suspend_idle(self, model: Model) -> bool:
+    def suspend_idle(self, source: Model) -> bool:
         """Take idle WebSockets out of the drain; each waits for a new turn when it next asks."""
-        idle = [
-            lease
-            for lease in model.leases
-            if lease.is_connection and not lease.requests and not lease.is_parked
-        ]
+        connections = [lease for lease in source.leases if lease.is_connection]
+        idle = [one for one in connections if not one.requests and not one.is_parked]
         for lease in idle:
-            self._leave(lease)
-            model.leases.pop(lease)
-            lease.step(RequestStep.SUSPEND)
-            lease.settle()
-            self._register(model, lease)
-        return any(lease.is_connection for lease in model.leases)
+            self._turns.suspend(lease)
+        return len(idle) < len(connections)
 
     def _switch_refusal(self, model: Model, terms: RequestTerms) -> SwitchNotAllowed | None:
         """Return why a request may not wait for the model, if waiting would cause a switch."""
-        coming = self._state.coming
-        if terms.may_switch or model is coming:
+        expected = self._state.expected
+        if terms.may_switch or model is expected:
             return None
-        now = f"{coming.alias!r} is active, or about to be" if coming else "no model is active"
+        now = f"{expected.alias!r} is active, or about to be" if expected else "no model is active"
         return SwitchNotAllowed(
             f"this key may not trigger a switch to {model.alias!r} ({terms.rule}); {now}; use "
             f"another model, or retry when {model.alias!r} is active"
@@ -233,62 +230,17 @@ class AutoAdmission:
         runs_s = self.scheduler.service_s(active) if active else 0.0
         return max(1, math.ceil(runs_s + self._cost_s(active, model.alias)))
 
-    async def wait_for_turn(self, lease: Lease, tokens: int = 0) -> None:
-        """Wait until it is the request's turn, or the request has been cut or timed out."""
-        ticket = lease.ticket
-        assert ticket is not None
-        if lease.admitted_s is not None or lease.cut is not None:
-            return
-        if ticket not in self._leases:
-            return  # the request is over
-        _, future = self._leases[ticket]
-        # A WebSocket may have been open for long: its wait counts from now, not from its opening.
-        if future is None and lease.is_connection:
-            self._forget(ticket)
-            ticket = self._register(lease.model, lease)
-        if future is None:  # one request of a client may be several of the engine's
-            future = self._begin_to_wait(lease, ticket, tokens)
-        if future is not None:
-            timeout_s = lease.arrived_s + self._settings.wait_timeout - self._clock()
-            # `wait`, not `wait_for`: a timeout or a cancellation here must not cancel the future,
-            # for which the request's other engine requests may wait, too.
-            await asyncio.wait([future], timeout=max(0.0, timeout_s))
-            if not future.done():
-                self._time_out(lease)
+    def _refusal(self, lease: Lease) -> Cut | None:
+        """Return why a request that asks for its turn is refused, or None."""
+        refused = self._switch_refusal(lease.model, lease.terms)
+        if refused is not None or self._is_served_now(lease.model):
+            return refused
+        return self._crowding_refusal(lease.model) or self._charge(lease)
 
-    async def _wait_or_cancel(self, lease: Lease, tokens: int) -> None:
-        await self.wait_for_turn(lease, tokens)
-        if lease.cut is not None:
-            raise asyncio.CancelledError(lease.cut.message)
-        if lease.admitted_s is None:  # a leftover task of a request that is over
-            raise asyncio.CancelledError
-
-    def _begin_to_wait(
-        self, lease: Lease, ticket: Ticket, tokens: int
-    ) -> asyncio.Future[None] | None:
-        """Queue the request; return None if it was admitted or refused at once."""
-        now_s = self._clock()
-        lease.prepared_s = now_s - lease.arrived_s
-        ticket.tokens = tokens
-        model = lease.model
-        refused: Cut | None = self._switch_refusal(model, lease.terms)
-        if not self._is_served_now(model):
-            refused = refused or self._crowding_refusal(model) or self._charge(lease)
-        if refused is not None:
-            drain.end([lease], refused)
-            return None
-        if self.scheduler.enter(ticket, now_s, is_open=self._is_served_now(model)):
-            self._admit([ticket])
-            return None
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._leases[ticket] = (lease, future)
-        lease.step(RequestStep.WAIT)
+    def _on_arrival(self) -> None:
         if (switch := self._state.switch) is not None and switch.source is not None:
-            drain.recheck(switch.source)  # this request may be due before the drain's deadline
+            drain.recheck(switch.source)  # the request may be due before the drain's deadline
         self.advance()
-        if not future.done() and lease.on_wait is not None:
-            lease.on_wait()
-        return future
 
     def _charge(self, lease: Lease) -> RateLimited | None:
         """Charge a switch to the first request that waits for a model; return a refusal, if any."""
@@ -303,54 +255,15 @@ class AutoAdmission:
             return error
         return None
 
-    def _time_out(self, lease: Lease) -> None:
-        timeout = WaitTimeout(
-            f"the request waited {self._settings.wait_timeout:g} s for model {lease.alias!r} "
-            "(switching.wait_timeout); retry later"
-        )
-        self._end([lease], timeout)
-
     def left(self, lease: Lease) -> None:
         """Forget a request that is over, whether or not it has had its turn."""
-        assert lease.ticket is not None
-        _settle(self._forget(lease.ticket))
-        self._leave(lease)
+        self._turns.forget(lease)
         self.advance()
-
-    def _leave(self, lease: Lease) -> None:
-        """Tell the scheduler that a request has ended."""
-        assert lease.ticket is not None
-        # A WebSocket may be open for long and ask for little: its duration says nothing of service.
-        self.scheduler.leave(lease.ticket, self._clock(), counts=not lease.is_connection)
-
-    def _forget(self, ticket: Ticket) -> asyncio.Future[None] | None:
-        """Remove a ticket from those that wait; return the future on which its request waits."""
-        if (entry := self._leases.pop(ticket, None)) is None:
-            return None
-        lease, future = entry
-        lease.model.entered.pop(lease)
-        return future
 
     @property
     def is_empty(self) -> bool:
         """Whether no request waits, is parked, or is being validated by a frontend."""
-        return not self._leases and self.scheduler.is_empty
-
-    def _end(self, leases: Iterable[Lease], cause: Cut) -> None:
-        leases = list(leases)
-        drain.end(leases, cause)
-        for lease in leases:
-            if lease.ticket is not None:
-                self._leave(lease)
-                _settle(self._forget(lease.ticket))
-
-    def _admit(self, tickets: Iterable[Ticket]) -> None:
-        for ticket in tickets:
-            if ticket in self._leases:  # parked requests have had their turn before
-                lease, _ = self._leases[ticket]
-                # Granted before its task runs: the next drain must find the lease.
-                self._turns.grant(lease.model, lease)
-                _settle(self._forget(ticket))
+        return not len(self._turns) and self.scheduler.is_empty
 
     # --- switches -----------------------------------------------------------------------------
 
@@ -370,7 +283,7 @@ class AutoAdmission:
         except Exception as error:  # noqa: BLE001  # a policy may be third-party code
             self._replace_policy(error)
             admitted, decision = self.scheduler.advance(self._clock())
-        self._admit(admitted)
+        self._turns.admit(admitted)
         return decision
 
     def _replace_policy(self, error: Exception) -> None:
@@ -424,14 +337,14 @@ class AutoAdmission:
         at_most_s = self._settings.parked_timeout / 2
         self.scheduler.park(reversed(frozen), self._clock(), at_most_s)
 
-    def held_until(self, until_s: float | None) -> None:
+    def leased_until(self, until_s: float | None) -> None:
         """Note until when a job holds the active model: perhaps for ever, or not at all (None)."""
         self.scheduler.leased_until_s = until_s
         self.advance()
 
-    def activated(self, model: Model, held_until_s: float | None) -> None:
+    def activated(self, model: Model, leased_until_s: float | None) -> None:
         """Admit requests of a model that is now active and verified."""
-        self.scheduler.leased_until_s = held_until_s
+        self.scheduler.leased_until_s = leased_until_s
         if self._is_closed:
             return
         self._backoff.succeeded(model)
@@ -442,14 +355,14 @@ class AutoAdmission:
         except Exception as error:  # noqa: BLE001  # a policy may be third-party code
             self._replace_policy(error)
             admitted = self.scheduler.activate(model.alias, now_s)
-        self._admit(admitted)
+        self._turns.admit(admitted)
         self.advance()
 
     def _refuse_unpermitted_switches(self) -> None:
         """Refuse waiting requests that may not cause a switch back to their model."""
-        for lease, future in list(self._leases.values()):
-            if future is not None and (why := self._switch_refusal(lease.model, lease.terms)):
-                self._end([lease], why)
+        for lease in self._turns.asked:
+            if why := self._switch_refusal(lease.model, lease.terms):
+                self._turns.end([lease], why)
 
     def switched(self, switch: Switch, cost_s: float) -> None:
         """Record the cost of a switch; its target's requests are admitted by `activated`."""
@@ -470,8 +383,7 @@ class AutoAdmission:
             return
         # Parked requests wait for the next attempt: a client could not start them again.
         self._leave_alone(switch.target, self._backoff.failed(switch.target, self._clock()))
-        waiting = [lease for lease, _ in self._leases.values() if lease.model is switch.target]
-        self._end(waiting, error)
+        self._turns.end([one for one in self._turns if one.model is switch.target], error)
 
     def _leave_alone(self, model: Model, until_s: float) -> None:
         self.scheduler.pause(model.alias, until_s)
@@ -481,9 +393,4 @@ class AutoAdmission:
         """Make no further decisions, and abort requests that have not had their turn."""
         self._is_closed = True
         self._cancel_timer()
-        self._end([lease for lease, _ in self._leases.values()], cause)
-
-
-def _settle(future: asyncio.Future[None] | None) -> None:
-    if future is not None and not future.done():
-        future.set_result(None)
+        self._turns.close(cause)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
 from vllm_hotswap.config import DrainAction, LimitsConfig, RecoveryConfig, SwitchingConfig
-from vllm_hotswap.errors import ConfigError, EngineUnavailable
+from vllm_hotswap.errors import EngineUnavailable
 from vllm_hotswap.events import Observer
 from vllm_hotswap.models import EngineHost, Lease, Model, ModelSettings, Registry, drain, total
 from vllm_hotswap.residency import (
@@ -40,6 +40,7 @@ from vllm_hotswap.switching.snapshot import (
     ServingSnapshot,
     WakingSnapshot,
 )
+from vllm_hotswap.switching.startup import Startup
 from vllm_hotswap.switching.state import Clock, ServingState
 from vllm_hotswap.switching.switch import SwitchResult
 from vllm_hotswap.switching.switcher import Switcher
@@ -74,7 +75,7 @@ class Coordinator:
         deadlines = recovery or RecoveryConfig()
         self._host = host
         self._settings = settings
-        self._state = state = ServingState(clock)
+        self._state = state = ServingState(clock, host)
         self.registry = registry = Registry(host.engines, model_settings)
         self.ladder = ladder = Ladder(
             registry, host, observer, clock, lambda: state.epoch, deadlines
@@ -164,6 +165,11 @@ class Coordinator:
     @property
     def epoch(self) -> int:
         return self._state.epoch
+
+    @property
+    def target(self) -> str | None:
+        """Return the alias of the target of the switch under way, if any."""
+        return self._state.target.alias if self._state.target else None
 
     @property
     def is_automatic(self) -> bool:
@@ -256,50 +262,19 @@ class Coordinator:
     # --- start and stop ---------------------------------------------------------------------
 
     async def start(self, load: Iterable[str], default: str) -> None:
-        """Load the aliases of `load`, and activate `default`.
-
-        Models that fit into the budget together are loaded together. Otherwise they are loaded one
-        after the other, `default` last, and a model that no longer fits moves down.
+        """Load the aliases of `load`, and activate `default`; see `Startup.run`.
 
         Raises:
             HotswapError: one of them cannot be loaded; the message names it.
         """
         self.recovery.follow_host()
         _ = self.given_up  # created here, so that it belongs to this loop
-        self.ladder.check()
         self.idle.default = first = self.registry.resolve(default)
         others = [self.registry.resolve(alias) for alias in load if alias != default]
-        for model in (first, *others):
-            model.engine.validate()
-        async with self.ladder.move_lock():
-            if self.ladder.fit_together([first, *others]):
-                await self._start_together(first, others)
-            else:
-                await self._start_in_turn(first, others)
-            await self._activation.verify(first)
-        for model in (first, *others):
-            _refuse_failed_adapters(model)
+        await Startup(self.ladder, self._activation).run(first, others)
         self._state.is_started = True
         self.lookahead.switched(first)
         self._switcher.serve(first)
-
-    async def _start_together(self, first: Model, others: Iterable[Model]) -> None:
-        # Concurrently: the host makes the next engine while this process builds a frontend.
-        loads = [asyncio.create_task(self.ladder.bring_up(model)) for model in (first, *others)]
-        try:
-            await loads[0]
-            await self._activation.activate(first)
-            await asyncio.gather(*loads)
-        finally:
-            for task in loads:
-                task.cancel()
-            await asyncio.gather(*loads, return_exceptions=True)
-
-    async def _start_in_turn(self, first: Model, others: Iterable[Model]) -> None:
-        for model in (*others, first):
-            await self.ladder.make_room(model)
-            await self.ladder.bring_up(model)
-        await self._activation.activate(first)
 
     async def shut_down(self, timeout_s: float) -> None:
         """Admit nothing more; abort with an explicit error what still runs after `timeout_s`."""
@@ -335,8 +310,8 @@ class Coordinator:
         """
         if name is not None:
             return self.registry.resolve(name)
-        assert self._state.coming is not None
-        return self._state.coming
+        assert self._state.expected is not None
+        return self._state.expected
 
     def reserve(self, model: Model, requests: int) -> AbstractContextManager[None]:
         """Reserve room for a request that becomes several engine requests, while the body runs.
@@ -403,15 +378,8 @@ class Coordinator:
     def leases_changed(self) -> None:
         """Note that jobs hold another model than before, or until another time."""
         self._state.touch()
-        self.admission.held_until(self._switcher.held_until_s)
+        self.admission.leased_until(self._switcher.leased_until_s)
 
     def plan(self, alias: str) -> Plan:
         """Plan a switch to `alias` without doing it. Raises `UnknownModel`, `NoRoom`."""
         return self.operations.plan(alias, self._state.active)
-
-
-def _refuse_failed_adapters(model: Model) -> None:
-    """Refuse to start with an adapter that could not be loaded. Raises `ConfigError`."""
-    for adapter in model.engine.adapters.values():
-        if adapter.failure is not None:
-            raise ConfigError(f"models.{model.alias}: {adapter.failure}")

@@ -68,7 +68,7 @@ class IdleRest:
         """Until cancelled, watch for memory that models count on and other processes have taken."""
         while self._host.is_device_shared:
             await asyncio.sleep(DEVICE_CHECK_S)
-            if self._state.host_down is not None or self._host.died.done():
+            if self._state.host_is_gone:
                 continue
             try:
                 await self._ladder.relieve()
@@ -116,9 +116,9 @@ class IdleRest:
             return
         if state.why_down is None and self._idle_s() >= after_s:
             # A request that arrives at this moment is served first: in the mode `auto` the switch
-            # waits for it, in the mode `manual` it is refused.
+            # waits for it, in the mode `manual` the switch is given up.
             if self._settings.mode == "auto":
-                switch = self._switcher.begin(self.default, self._settings.drain_timeout, "park")
+                timeout_s = self._settings.drain_timeout
+                self._switcher.begin(self.default, timeout_s, "park", automatic=True)
             else:
-                switch = self._switcher.begin(self.default, 0.0, "refuse")
-            switch.automatic = True
+                self._switcher.begin(self.default, 0.0, "refuse", automatic=True)

@@ -50,17 +50,19 @@ class Recovery:
         bring_back: Callable[[Model], Awaitable[None]],
         attempt_failed: Callable[[], None],
     ) -> None:
-        """Args:
-        state: what the server does now.
-        registry: the models.
-        host: the engine host.
-        ladder: moves models.
-        activation: the pointer to the active model.
-        observer: is notified of deaths and of the host's restart.
-        settings: bounds and times.
-        bring_back: makes a model the active one. Raises `HotswapError`.
-        attempt_failed: called after a failed attempt; until the next one, another model may be
-            tried.
+        """Watch over nothing yet: `follow_host` begins it.
+
+        Args:
+            state: what the server does now.
+            registry: the models.
+            host: the engine host.
+            ladder: moves models.
+            activation: the pointer to the active model.
+            observer: is notified of deaths and of the host's restart.
+            settings: bounds and times.
+            bring_back: makes a model the active one. Raises `HotswapError`.
+            attempt_failed: called after a failed attempt; until the next one, another model may be
+                tried.
         """
         self._state = state
         self._registry = registry
@@ -82,10 +84,6 @@ class Recovery:
 
     def __repr__(self) -> str:
         return f"<Recovery under_way={self._state.is_recovering} restarts={self.restarts}>"
-
-    @property
-    def is_host_down(self) -> bool:
-        return self._state.host_down is not None or self._host.died.done()
 
     # --- deaths -----------------------------------------------------------------------------
 
@@ -130,7 +128,7 @@ class Recovery:
         try:
             async with self._ladder.move_lock():
                 await self._ladder.free_failed_engines()
-        except HotswapError as error:  # the host has died, or the next `make_room` reports it
+        except Exception as error:  # noqa: BLE001  # as if the host has died: `make_room` tries again
             log.warning("event=bury_failed cause=%r", one_line(error))
 
     def _fail(self, model: Model, cause: str) -> None:
@@ -207,7 +205,7 @@ class Recovery:
             self._failed(error)
 
     async def _attempt(self) -> None:
-        if self.is_host_down:
+        if self._state.host_is_gone:
             await self._restart()
         assert self._state.last_active is not None
         await self._bring_back(self._state.last_active)
@@ -240,7 +238,8 @@ class Recovery:
         failure = one_line(error)
         self._state.recovery_failure, self._state.is_degraded = failure, True
         self._observer.notify(ServiceDegraded(self._state.epoch, failure, self._backoff_s()))
-        self._attempt_failed()
+        # Later: nothing that this does may end the recovery.
+        asyncio.get_running_loop().call_soon(self._attempt_failed)
 
     def _backoff_s(self) -> float:
         """Return 0 before the first attempt, then 1, 2, 4 ... seconds while attempts come often."""
@@ -273,7 +272,7 @@ class Recovery:
             while True:
                 asking = asking or asyncio.create_task(self._host.ping())
                 await asyncio.sleep(PING_S)
-                if self.is_host_down:  # or starting, which has a deadline of its own
+                if self._state.host_is_gone:  # or starting, which has a deadline of its own
                     silent_s = 0.0
                     continue
                 if asking.done():

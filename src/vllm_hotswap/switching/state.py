@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from vllm_hotswap.models import Model
+from vllm_hotswap.models import EngineHost, Model
 from vllm_hotswap.states import ServerState, SwitchPhase
 from vllm_hotswap.switching.switch import Switch
 
@@ -28,8 +28,9 @@ class ServingState:
     | `is_started` | `Coordinator.start` |
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, host: EngineHost) -> None:
         self.clock = clock
+        self._host = host
         self.active: Model | None = None
         """The model that is stepped; None before the first activation, after its death, at rest."""
         self.last_active: Model | None = None
@@ -74,7 +75,7 @@ class ServingState:
         return self.switch.target if self.switch else None
 
     @property
-    def coming(self) -> Model | None:
+    def expected(self) -> Model | None:
         """Return the model that is active or about to be, or else the one that was active last."""
         return self.target or self.active or self.last_active
 
@@ -83,9 +84,21 @@ class ServingState:
         return self.switch.phase.value if self.switch else "idle"
 
     @property
+    def host_is_gone(self) -> bool:
+        """Whether there is no engine host now.
+
+        A death is known here before `Recovery` is called back: commands to the host fail first, and
+        a switch that fails by that must not give requests to an engine that is gone.
+        """
+        return self.host_down is not None or self._host.died.done()
+
+    @property
     def why_down(self) -> str | None:
         """Return why no model can be used at all, or None."""
-        return self.ended or self.host_down
+        if self.ended or self.host_down:
+            return self.ended or self.host_down
+        died = self._host.died
+        return died.result() if died.done() and not died.cancelled() else None
 
     @property
     def is_there(self) -> bool:
@@ -109,7 +122,7 @@ class ServingState:
         if self.ended is not None:
             has_given_up = self._given_up is not None and self._given_up.done()
             return ServerState.FAILED if has_given_up else ServerState.STOPPING
-        if self.host_down is None and self.is_there:
+        if not self.host_is_gone and self.is_there:
             if self.switch is not None:
                 return ServerState.SWITCHING
             return ServerState.IDLE if self.is_resting else ServerState.SERVING
@@ -120,7 +133,7 @@ class ServingState:
         return ServerState.SWITCHING
 
     @property
-    def is_between_switches(self) -> bool:
+    def admits_active(self) -> bool:
         """Whether the active model admits requests: no switch has got beyond its checks."""
         return self.switch is None or self.switch.phase is SwitchPhase.VALIDATE
 

@@ -86,8 +86,7 @@ class Switcher:
             if drain_timeout_s is None:
                 drain_timeout_s = self._settings.drain_timeout
             policy = on_drain_timeout or self._settings.on_drain_timeout
-            switch = self.begin(target, drain_timeout_s, policy)
-            switch.key = key
+            switch = self.begin(target, drain_timeout_s, policy, key=key)
         if switch.target is not target:
             raise SwitchInProgress(switch.target.alias, alias, switch.operation_id)
         return await result_of(switch)
@@ -130,15 +129,39 @@ class Switcher:
         self, target: Model, drain_until_s: Callable[[], float], may_park: bool = True
     ) -> Switch:
         """Switch without aborting requests: those that run longer are parked or waited for."""
-        switch = self.begin(target, self._settings.drain_timeout, "park")
-        switch.automatic, switch.may_park, switch.drain_until_s = True, may_park, drain_until_s
-        return switch
+        return self.begin(
+            target,
+            self._settings.drain_timeout,
+            "park",
+            automatic=True,
+            may_park=may_park,
+            drain_until_s=drain_until_s,
+        )
 
-    def begin(self, target: Model, drain_timeout_s: float, policy: DrainAction) -> Switch:
-        """Begin a switch; there must be none under way."""
+    def begin(
+        self,
+        target: Model,
+        drain_timeout_s: float,
+        policy: DrainAction,
+        *,
+        key: str = "",
+        automatic: bool = False,
+        may_park: bool = True,
+        drain_until_s: Callable[[], float] | None = None,
+    ) -> Switch:
+        """Begin a switch; there must be none under way. For the arguments see `Switch`."""
         state = self._state
         state.switch = switch = Switch(
-            _operation_id(), state.active, target, drain_timeout_s, state.clock(), policy
+            _operation_id(),
+            state.active,
+            target,
+            drain_timeout_s,
+            state.clock(),
+            policy,
+            automatic=automatic,
+            key=key,
+            may_park=may_park,
+            drain_until_s=drain_until_s,
         )
         self._lookahead.switch_started(target)
         # In its own context: engine calls of the switch do not belong to the request that began it.
@@ -199,16 +222,16 @@ class Switcher:
         state = self._state
         state.switch = None
         failed: SwitchFailed | EngineUnavailable
-        if state.why_down is not None or self._host.died.done():
-            failed = EngineUnavailable(state.why_down or self._host.died.result())
+        if state.why_down is not None:
+            failed = EngineUnavailable(state.why_down)
         else:
             alias, phase = switch.target.alias, switch.phase.value
             failed = SwitchFailed(alias, phase, cause, state.active_alias)
         is_refused = isinstance(cause, DrainRefused)
-        self._admission.failed(switch, failed, is_refused)
         self._notify_ended(switch, state.clock() - switch.started_s, cause)
         self._recover_if_needed(one_line(cause))
-        if state.active is not None:
+        self._admission.failed(switch, failed, is_refused)
+        if state.active is not None and state.why_down is None:
             self.serve(state.active)
         else:
             self._admission.advance()
@@ -219,10 +242,10 @@ class Switcher:
 
     def serve(self, model: Model) -> None:
         """Have requests admitted that wait for the active model."""
-        self._admission.activated(model, self.held_until_s)
+        self._admission.activated(model, self.leased_until_s)
 
     @property
-    def held_until_s(self) -> float | None:
+    def leased_until_s(self) -> float | None:
         """Return until when jobs hold the active model; None if they do not."""
         is_held = self._jobs.model == self._state.active_alias
         return self._jobs.until_s if is_held else None
