@@ -98,9 +98,12 @@ class Running:
         """Return all state that a request could change."""
         coordinator = self.app.coordinator
         models = [(m.alias, m.residency, m.pinned, m.engine.adapters) for m in coordinator.registry]
-        return (coordinator.active, coordinator.epoch, coordinator.switches, repr(models)), tuple(
-            coordinator.jobs.leases
-        )
+        return (
+            coordinator.active,
+            coordinator.epoch,
+            coordinator.snapshot().switches,
+            repr(models),
+        ), tuple(coordinator.jobs.leases)
 
 
 @pytest.fixture

@@ -397,10 +397,10 @@ async def test_task_of_a_model_that_was_never_loaded_is_known(
     assert "(it serves classify); use " in response.text
     assert ([], 0, before) == (
         server.host.operations,
-        server.coordinator.switches,
+        server.coordinator.snapshot().switches,
         server.residencies,
     )
-    assert 0 == server.coordinator.waiting
+    assert 0 == server.coordinator.snapshot().waiting
 
 
 async def test_model_that_was_never_loaded_is_named_to_whoever_could_ask_it(mixed: Server) -> None:
@@ -442,7 +442,7 @@ async def test_wrong_task_is_refused_before_anything_is_waited_for(mixed: Server
 
     assert (404, "wrong_task") == await error_of(mixed.ask("embed", path=CHAT))
     assert (404, "wrong_task") == await error_of(mixed.ask(None, path=CHAT))
-    assert 0 == mixed.coordinator.waiting
+    assert 0 == mixed.coordinator.snapshot().waiting
 
     mixed.host.release("activate", "embed")
     await switch
@@ -466,7 +466,7 @@ async def test_route_of_a_model_that_was_never_loaded_is_known_after_its_load(
     await silent.settled()
     wrong, right = silent.ask("classify"), silent.ask("classify", path="/classify")
     await silent.settled()
-    assert 2 == silent.coordinator.waiting
+    assert 2 == silent.coordinator.snapshot().waiting
 
     silent.host.release("load", "classify")
     await switch
@@ -1032,7 +1032,7 @@ async def test_held_request_whose_client_leaves_is_given_up(make_server: MakeSer
     await server.settled()
     gone = server.stream("qwen")
     await server.settled()
-    assert 1 == server.coordinator.waiting
+    assert 1 == server.coordinator.snapshot().waiting
 
     gone.disconnect()
     await gone.task
@@ -1061,7 +1061,7 @@ async def test_client_that_leaves_in_the_turn_of_its_admission_frees_the_model(
     await asyncio.wait([held.task])
 
     assert 0 == server.in_flight["qwen"]
-    assert 0 == server.coordinator.waiting
+    assert 0 == server.coordinator.snapshot().waiting
 
 
 async def test_held_request_that_is_cancelled_is_cancelled(server: Server) -> None:
@@ -1076,7 +1076,7 @@ async def test_held_request_that_is_cancelled_is_cancelled(server: Server) -> No
     await server.settled()
 
     assert held.task.cancelled()
-    assert 0 == server.coordinator.waiting
+    assert 0 == server.coordinator.snapshot().waiting
     server.host.release("activate", "qwen")
     await switch
 

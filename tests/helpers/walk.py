@@ -547,7 +547,7 @@ class World:
 
     def alias_of(self, role: str) -> str | None:
         """Return the alias that a request of this role names: active, target, other or none."""
-        active, target = self.coordinator.active, self.coordinator.target
+        active, target = self.coordinator.active, self.coordinator.serving().target
         match role:
             case "active":
                 return active or "llama"

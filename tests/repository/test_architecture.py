@@ -30,7 +30,7 @@ FOLDERS = {
     "simulation": "errors states events scheduling config",
     "residency": "errors states events system models config",
     "switching": "errors states events system failpoints tasks scheduling models config residency",
-    "telemetry": "events system",
+    "telemetry": "events system switching",
     "host": "errors states system failpoints tasks models",
     "launch": "hints errors system tasks models config host",
     "engines": "errors states system failpoints tasks text models config host launch",

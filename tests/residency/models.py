@@ -11,7 +11,7 @@ import httpx
 
 from tests.helpers.support import Server, lease as lease_of
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 MIB = 1 << 20
 ALIASES = ("llama", "qwen", "mistral")

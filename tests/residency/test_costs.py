@@ -7,7 +7,8 @@ import pytest
 from vllm_hotswap.models.registry import Model
 from vllm_hotswap.residency.costs import LINK_BYTES_PER_S, READ_BYTES_PER_S, up_cost_s
 from vllm_hotswap.states import Residency
-from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_host import FakeHost
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 GIB = 1 << 30
 

@@ -9,7 +9,8 @@ import pytest
 from tests.helpers.support import Recorder, lease as lease_of, settled
 from vllm_hotswap.models.registry import ModelSettings
 from vllm_hotswap.switching.coordinator import Coordinator
-from vllm_hotswap.testing.fake_engine import FakeHost, FakeSettings
+from vllm_hotswap.testing.fake_host import FakeHost
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 
 class Clocked:

@@ -11,7 +11,7 @@ from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import ModelMoved, PhaseChanged
 from vllm_hotswap.models.footprint import Usage
 from vllm_hotswap.models.registry import ModelSettings
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 # --- switches -------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ async def test_source_gives_nothing_up_while_it_is_drained(tight: Server) -> Non
     stream = await tight.start_stream("llama")
     switch = tight.switch("qwen")
     await tight.settled()
-    assert ("drain", "active") == (tight.coordinator.phase, tight.residency("llama"))
+    assert ("drain", "active") == (tight.coordinator.serving().phase, tight.residency("llama"))
 
     answer = await stream.finish()
 
@@ -85,7 +85,10 @@ async def test_requests_for_a_target_that_is_loaded_are_answered(tight: Server) 
     await tight.settled()
     second = tight.ask("qwen")
     await tight.settled()
-    assert ("bring_up", 2) == (tight.coordinator.phase, tight.coordinator.waiting)
+    assert ("bring_up", 2) == (
+        tight.coordinator.serving().phase,
+        tight.coordinator.snapshot().waiting,
+    )
 
     tight.host.release("load", "qwen")
 
@@ -302,7 +305,7 @@ async def test_shutdown_settles_a_switch_that_waits_for_its_turn(server: Server)
     await server.coordinator.shut_down(0)
 
     assert [503, 503] == [(await switch).status_code, (await held).status_code]
-    assert "idle" == server.coordinator.phase
+    assert "idle" == server.coordinator.serving().phase
     server.host.release("sleep", "qwen")
 
 
@@ -319,7 +322,7 @@ async def test_shutdown_settles_a_switch_on_its_way_back(server: Server) -> None
     await server.coordinator.shut_down(0)
 
     assert [503, 503] == [(await switch).status_code, (await held).status_code]
-    assert "idle" == server.coordinator.phase
+    assert "idle" == server.coordinator.serving().phase
 
 
 async def test_ladder_tells_its_state(server: Server) -> None:

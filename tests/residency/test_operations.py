@@ -13,7 +13,7 @@ from tests.residency.models import ALIASES, MIB, code, request_of, sized
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.events import PinChanged
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 
 async def test_load_brings_a_model_up_beside_the_active_one(server: Server) -> None:
@@ -234,7 +234,7 @@ async def test_switch_waits_for_the_operation_under_way(server: Server) -> None:
     await server.settled()
     switch = server.switch("qwen")
     await server.settled()
-    assert "validate" == server.coordinator.phase
+    assert "validate" == server.coordinator.serving().phase
     assert "llama" == (await server.ask("llama")).json()["model"]
 
     server.host.release("sleep", "qwen")

@@ -11,7 +11,7 @@ from tests.helpers.support import Server
 from tests.residency.models import MIB
 from vllm_hotswap.errors import HotswapError
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import UNLIMITED, FakeSettings
+from vllm_hotswap.testing.fake_settings import UNLIMITED, FakeSettings
 
 # --- calls ----------------------------------------------------------------------------------
 

@@ -593,7 +593,7 @@ def test_a_switch_that_has_drained_ends_a_wake_between_two_slices(play: Play) ->
         await server.settled()
         server.host.release("wake_some", "qwen")
         await server.settled()
-        assert (server.coordinator.phase, await waking(server)) == ("drain", (1, 5))
+        assert (server.coordinator.serving().phase, await waking(server)) == ("drain", (1, 5))
 
         server.host.release("step", "llama")
         assert (await stream.finish()).is_whole

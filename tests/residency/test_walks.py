@@ -12,7 +12,7 @@ from tests.helpers.depth import examples
 from tests.helpers.support import Server
 from tests.residency.models import ALIASES
 from vllm_hotswap.models.footprint import Usage
-from vllm_hotswap.testing.fake_engine import FakeSettings
+from vllm_hotswap.testing.fake_settings import FakeSettings
 
 ALIAS = st.sampled_from(ALIASES)
 MOVES = st.one_of(
@@ -82,7 +82,7 @@ class Walk:
     def check(self) -> None:
         """Check what holds whenever nothing is under way."""
         engines, active = self.server.host.engines, self.server.coordinator.active
-        assert "idle" == self.server.coordinator.phase
+        assert "idle" == self.server.coordinator.serving().phase
         assert self.server.host.most_held_bytes <= self.budget or len(self.alive) < len(ALIASES)
         assert {alias: LEVELS[where] for alias, where in self.alive.items()} == {
             alias: engines[alias].level for alias in self.alive

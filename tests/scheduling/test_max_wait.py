@@ -146,7 +146,7 @@ def test_a_request_that_comes_in_a_drain_and_is_due_ends_it(play: Play, late: st
         await asyncio.sleep(3)
         first = server.ask("qwen", max_tokens=1)
         await asyncio.sleep(4)
-        assert "drain" == server.coordinator.phase
+        assert "drain" == server.coordinator.serving().phase
         terms = RequestTerms(max_wait_s=2.0)
         began_s = asyncio.get_running_loop().time()
         async with server.lease(late, terms) as lease:

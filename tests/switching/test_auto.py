@@ -67,7 +67,7 @@ async def test_request_waits_for_those_that_run(auto: Server) -> None:
     second = auto.ask("qwen")
     await auto.settled()
     assert "llama" == auto.coordinator.active
-    assert 1 == auto.coordinator.waiting
+    assert 1 == auto.coordinator.snapshot().waiting
 
     assert (await first.finish()).is_whole
     assert "qwen" == model_of(await second)
@@ -306,7 +306,7 @@ def test_stream_that_waits_for_a_load_for_too_long_ends_with_the_error(play: Pla
         answer = await server.stream("mistral").finish()
         assert 200 == answer.status
         assert '"code": "wait_timeout"' in answer.events[-1]
-        assert 0 == server.coordinator.waiting
+        assert 0 == server.coordinator.snapshot().waiting
         server.host.release("load", "mistral")
 
     play(story, mode="auto", wait_timeout=15)
@@ -317,12 +317,12 @@ async def test_client_that_leaves_before_its_model_is_loaded_leaves_the_queue(au
     auto.host.hold("load", "mistral")
     stream = auto.stream("mistral")
     await stream.next_event()
-    assert 1 == auto.coordinator.waiting
+    assert 1 == auto.coordinator.snapshot().waiting
 
     stream.disconnect()
     await auto.settled()
 
-    assert 0 == auto.coordinator.waiting
+    assert 0 == auto.coordinator.snapshot().waiting
     auto.host.release("load", "mistral")
     assert "llama" == model_of(await auto.ask("llama"))
 
@@ -343,7 +343,7 @@ def test_client_that_takes_in_nothing_while_its_model_is_loaded_is_let_go(
 
         assert stream.task.done()
         assert not isinstance(stream.task.exception(), asyncio.CancelledError)
-        assert 0 == server.coordinator.waiting
+        assert 0 == server.coordinator.snapshot().waiting
         server.host.release("load", "mistral")
         assert "llama" == model_of(await server.ask("llama"))
         watching.cancel()
@@ -413,10 +413,10 @@ async def test_client_that_leaves_leaves_the_queue(auto: Server) -> None:
     first = await auto.start_stream("llama")
     second = auto.stream("qwen")
     await second.next_event()
-    assert 1 == auto.coordinator.waiting
+    assert 1 == auto.coordinator.snapshot().waiting
     second.disconnect()
     await auto.settled()
-    assert 0 == auto.coordinator.waiting
+    assert 0 == auto.coordinator.snapshot().waiting
     await first.finish()
 
 
@@ -442,7 +442,7 @@ def test_request_waits_no_longer_than_it_may(play: Play) -> None:
         response = await server.ask("qwen")
         assert 504 == response.status_code
         assert "wait_timeout" == response.json()["error"]["code"]
-        assert 0 == server.coordinator.waiting
+        assert 0 == server.coordinator.snapshot().waiting
         assert (await first.finish()).is_whole
 
     play(story, mode="auto", wait_timeout=5, drain_timeout=100)
@@ -641,7 +641,7 @@ async def test_a_connection_that_becomes_idle_in_the_last_drain_is_ended() -> No
     await asyncio.sleep(0.2)
     server.ask("qwen")
     await asyncio.sleep(0.1)
-    assert "drain" == server.coordinator.phase
+    assert "drain" == server.coordinator.serving().phase
 
     await server.coordinator.shut_down(5)
 

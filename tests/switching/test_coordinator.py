@@ -163,14 +163,14 @@ async def test_source_is_refused_from_drain_to_the_end(server: Server) -> None:
     holder = await hold(server)
     switch = await begin_switch(server, "qwen")
 
-    assert "drain" == server.coordinator.phase
+    assert "drain" == server.coordinator.serving().phase
     with pytest.raises(ModelSwitching, match="'llama' is being drained for a switch to 'qwen'"):
         async with server.lease("llama"):
             pass
 
     await holder.let_go()
     await server.settled()
-    assert "activate" == server.coordinator.phase
+    assert "activate" == server.coordinator.serving().phase
     with pytest.raises(ModelSwitching):
         async with server.lease("llama"):
             pass
@@ -195,7 +195,7 @@ async def test_held_request_gets_the_new_epoch(server: Server) -> None:
     server.host.hold("activate", "qwen")
     switch = await begin_switch(server, "qwen")
     named, unnamed = await hold(server, "qwen"), await hold(server, None)
-    assert 2 == server.coordinator.waiting
+    assert 2 == server.coordinator.snapshot().waiting
 
     server.host.release("activate", "qwen")
     await switch
@@ -204,7 +204,7 @@ async def test_held_request_gets_the_new_epoch(server: Server) -> None:
     assert [("qwen", 2)] * 2 == [
         (h.lease.alias, h.lease.epoch) for h in (named, unnamed) if h.lease
     ]
-    assert 0 == server.coordinator.waiting
+    assert 0 == server.coordinator.snapshot().waiting
     assert ["served"] * 2 == [await named.let_go(), await unnamed.let_go()]
 
 
@@ -235,7 +235,7 @@ async def test_wait_has_an_end(make_server: MakeServer) -> None:
         async with server.lease("qwen"):
             pass
 
-    assert 0 == server.coordinator.waiting
+    assert 0 == server.coordinator.snapshot().waiting
     server.host.release("activate", "qwen")
     await switch
     assert 0 == server.in_flight["qwen"]
@@ -296,7 +296,7 @@ async def test_held_request_may_leave(server: Server) -> None:
     holder.task.cancel()
     await server.settled()
 
-    assert 0 == server.coordinator.waiting
+    assert 0 == server.coordinator.snapshot().waiting
     server.host.release("activate", "qwen")
     await switch
     assert 0 == server.in_flight["qwen"]
@@ -436,7 +436,7 @@ async def test_failing_switch_outlives_its_caller_quietly(server: Server) -> Non
     server.host.release("load", "mistral")
     await server.settled()
 
-    assert "idle" == server.coordinator.phase
+    assert "idle" == server.coordinator.serving().phase
     assert "llama" == server.coordinator.active
 
 
@@ -539,7 +539,7 @@ async def test_source_serves_on_if_the_target_cannot_be_brought_up(
     assert ("llama", 1, "idle") == (
         server.coordinator.active,
         server.coordinator.epoch,
-        server.coordinator.phase,
+        server.coordinator.serving().phase,
     )
     assert residency == server.residency(target)
     assert server.host.engines["llama"].is_stepped
@@ -565,10 +565,10 @@ async def test_source_that_cannot_go_on_is_given_up(server: Server) -> None:
         await server.coordinator.switch("qwen")
 
     assert "cold" == server.residency("llama")
-    assert "activate of 'qwen' was made to fail" == server.coordinator.failure
+    assert "activate of 'qwen' was made to fail" == server.coordinator.serving().failure
     await server.settled()
     assert "llama" == server.coordinator.active
-    assert server.coordinator.failure is None
+    assert server.coordinator.serving().failure is None
 
 
 async def test_source_that_dies_on_the_way_back_is_given_up(server: Server) -> None:
@@ -586,7 +586,7 @@ async def test_source_that_dies_on_the_way_back_is_given_up(server: Server) -> N
     assert 503 == (await switch).status_code
     await server.settled()
     assert "active" == server.residency("llama")
-    assert "idle" == server.coordinator.phase
+    assert "idle" == server.coordinator.serving().phase
 
 
 async def test_source_stays_where_it_is_if_the_target_cannot_be_loaded(server: Server) -> None:
@@ -638,7 +638,7 @@ async def test_death_of_the_host_ends_a_switch(server: Server, operation: str, t
         await holder.task
     assert 503 == caught.value.status
     await server.settled()
-    assert ("llama", "idle") == (server.coordinator.active, server.coordinator.phase)
+    assert ("llama", "idle") == (server.coordinator.active, server.coordinator.serving().phase)
 
 
 async def test_death_of_the_host_during_a_drain_ends_both_sides(server: Server) -> None:
@@ -661,7 +661,7 @@ async def test_host_that_is_never_started_never_dies(server: Server) -> None:
     server.host.died.cancel()
     await server.settled()
 
-    assert None is server.coordinator.failure
+    assert None is server.coordinator.serving().failure
 
 
 async def test_death_of_the_active_engine_leaves_the_others(server: Server) -> None:
@@ -824,11 +824,14 @@ async def test_coordinator_tells_its_state(server: Server) -> None:
     assert "<Coordinator active=llama epoch=1 phase=DRAIN in_flight=1 waiting=0>" == repr(
         server.coordinator
     )
-    assert ("qwen", "drain") == (server.coordinator.target, server.coordinator.phase)
+    assert ("qwen", "drain") == (
+        server.coordinator.serving().target,
+        server.coordinator.serving().phase,
+    )
 
     await holder.let_go()
     await switch
-    assert None is server.coordinator.target
+    assert None is server.coordinator.serving().target
 
 
 ALIASES = st.sampled_from(["llama", "qwen", "mistral"])
@@ -905,7 +908,7 @@ def test_no_mix_of_events_leaks_or_hangs(actions: list[tuple[str, object, bool]]
     server, epochs = asyncio.run(live_through(actions))
 
     assert {"llama": 0, "qwen": 0, "mistral": 0} == server.in_flight
-    assert "idle" == server.coordinator.phase
+    assert "idle" == server.coordinator.serving().phase
     assert sorted(epochs) == epochs
     assert [server.coordinator.active] * len(active(server)) == active(server)
     assert 0 == server.host.stepped_while_parked
@@ -946,4 +949,4 @@ async def test_a_request_that_leaves_while_it_is_held_leaves_nothing(server: Ser
     await switch
 
     model = server.coordinator.registry.model("qwen")
-    assert (0, 0) == (model.in_flight, server.coordinator.waiting)
+    assert (0, 0) == (model.in_flight, server.coordinator.snapshot().waiting)

@@ -274,7 +274,7 @@ class Walk(RuleBasedStateMachine):
         engine = self.world.host.engines[alias]
         engine.canary = "corrupt" if engine.canary == "canary" else "canary"
 
-    @may(lambda self: in_trouble(self) and self.world.coordinator.phase == "idle")
+    @may(lambda self: in_trouble(self) and self.world.coordinator.serving().phase == "idle")
     def misstamp(self) -> None:
         self.world.settle()
         self.world.host.misstamp(self.world.coordinator.active or "llama")
@@ -488,7 +488,7 @@ class BoundedWait(Invariant):
 
     def when_settled(self) -> None:
         active = self.world.coordinator.active
-        if active is not None and self.world.coordinator.phase == "idle":
+        if active is not None and self.world.coordinator.serving().phase == "idle":
             parked = self.world.registry.model(active).parked
             self.expect(not parked, f"{parked} are parked, and their model is active")
 
@@ -670,7 +670,7 @@ class AtomicSwitch(Invariant):
             self._check_state()
 
     def when_settled(self) -> None:
-        if self.world.coordinator.phase == "idle" and self.world.stopping is None:
+        if self.world.coordinator.serving().phase == "idle" and self.world.stopping is None:
             self._check_state()
             self._check_nobody_is_left()
 
@@ -723,8 +723,8 @@ class TruthfulHealth(Invariant):
     def at_any_time(self) -> None:
         world, now_s = self.world, self.world.now_s
         over = world.is_given_up or world.stopping is not None
-        is_missed = world.coordinator.state is not ServerState.IDLE
-        is_down = world.coordinator.active is None and world.coordinator.phase == "idle"
+        is_missed = world.coordinator.serving().state is not ServerState.IDLE
+        is_down = world.coordinator.active is None and world.coordinator.serving().phase == "idle"
         is_down = is_down and is_missed
         self._down_s = (self._down_s or now_s) if is_down and not over else None
         bound_s = RECOVERY.max_backoff + (RECOVERY.load_timeout if world.hangs else 0) + 1
@@ -745,9 +745,11 @@ class TruthfulHealth(Invariant):
             is_true = stay.ended_s is None and (stay.alias, stay.epoch) == (active, epoch)
             # In automatic mode, requests are accepted while models move; also while the server is
             # idle.
-            is_idle = active is None and self.world.coordinator.state is ServerState.IDLE
+            is_idle = active is None and self.world.coordinator.serving().state is ServerState.IDLE
             is_true = is_true or is_idle
-            is_true = is_true or (self.world.is_automatic and self.world.coordinator.target)
+            is_true = is_true or (
+                self.world.is_automatic and self.world.coordinator.serving().target
+            )
             self.expect(is_true, f"{ready.json}, and the last was {stay}")
             self.expect(is_live, "ready, and not live")
 
@@ -875,7 +877,7 @@ class Idempotent(Invariant):
             self.expect(told_of == (event.target, event.epoch), f"{call}: {told}, {event}")
 
     def at_any_time(self) -> None:
-        counts = (self.world.coordinator.switches, len(self.world.all_of(SwitchEnded)))
+        counts = (self.world.coordinator.snapshot().switches, len(self.world.all_of(SwitchEnded)))
         self.expect(counts[0] == counts[1] == len(self._ended), f"{counts}, {len(self._ended)}")
 
 
@@ -920,7 +922,7 @@ class BoundedQueue(Invariant):
     def on_piece(self, call: Call, piece: bytes) -> None:
         if call.status != 429 or not isinstance(call, Ask):
             return
-        shape, waiting = self.world.shape, self.world.coordinator.waiting
+        shape, waiting = self.world.shape, self.world.coordinator.snapshot().waiting
         most = max(len(m.leases) + len(m.entered) for m in self.world.registry)
         is_full = waiting >= shape.max_waiting or waiting + most >= shape.in_flight
         failed = self.world.is_automatic and self.world.has_failed_now
@@ -931,7 +933,7 @@ class BoundedQueue(Invariant):
         self.expect(at_once, f"{call} waited, and was refused then")
 
     def at_any_time(self) -> None:
-        shape, waiting = self.world.shape, self.world.coordinator.waiting
+        shape, waiting = self.world.shape, self.world.coordinator.snapshot().waiting
         self.expect(waiting <= shape.max_waiting, f"{waiting} wait, {shape.max_waiting} may")
         for model in self.world.registry:
             parked, in_flight = len(model.parked), len(model.leases)
@@ -1075,8 +1077,9 @@ class MetricsTruth(Invariant):
             active = now["hotswap_model_active", model.alias]
             self.expect(active == (coordinator.active == model.alias), f"{model}: {active}")
         waiting = sum(now["hotswap_requests_waiting", m.alias] for m in self.world.registry)
-        self.expect(waiting == coordinator.waiting, f"{waiting} wait, {coordinator.waiting}")
-        ready = coordinator.is_ready
+        told = coordinator.snapshot().waiting
+        self.expect(waiting == told, f"{waiting} wait, {told}")
+        ready = coordinator.serving().is_ready
         self.expect(now["hotswap_ready",] == ready, f"ready {ready}, {now}")
         epoch = now["hotswap_epoch",]
         self.expect(epoch == coordinator.epoch, f"epoch {epoch}, {coordinator.epoch}")
@@ -1262,8 +1265,9 @@ class NoGrowth(Invariant):
     def at_end(self) -> None:
         coordinator = self.world.coordinator
         self.expect(not self.world.leases, f"{self.world.leases} are left")
-        self.expect(coordinator.waiting == 0, f"{coordinator.waiting} wait")
-        self.expect(coordinator.phase == "idle", f"a switch is left in {coordinator.phase}")
+        waiting, phase = coordinator.snapshot().waiting, coordinator.serving().phase
+        self.expect(waiting == 0, f"{waiting} wait")
+        self.expect(phase == "idle", f"a switch is left in {phase}")
         self.expect(not coordinator.ladder.move_lock().locked(), "somebody keeps the turn")
         for model in self.world.registry:
             self.expect(model.drained is None, f"somebody waits for {model} to be empty")

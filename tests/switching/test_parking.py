@@ -206,7 +206,7 @@ def test_a_switch_may_refuse_to_end_anything(play: Play) -> None:
         assert "1 requests to 'llama' were still running after 5 s" in response.text
         assert "llama" == (await server.ask("llama")).json()["model"]
         assert (await stream.finish()).is_whole
-        assert 0 == server.coordinator.switches_failed
+        assert 0 == server.coordinator.snapshot().switches_failed
         assert 200 == (await server.switch("qwen", 0)).status_code
 
     play(story, on_drain_timeout="refuse")

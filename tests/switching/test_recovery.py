@@ -282,7 +282,7 @@ def test_an_engine_that_dies_again_and_again_is_loaded_ever_more_seldom(play: Pl
         for _ in range(6):
             server.host.kill_engine("llama")
             await server.settled()
-            assert "recovering" == server.coordinator.state or server.coordinator.active
+            assert "recovering" == server.coordinator.serving().state or server.coordinator.active
             await asyncio.sleep(20)
             assert await is_ready(server)
 
@@ -322,7 +322,7 @@ def test_a_stop_ends_recovery(play: Play) -> None:
         await server.coordinator.shut_down(0)
 
         assert not server.coordinator._state.is_recovering
-        assert "stopping" == server.coordinator.state
+        assert "stopping" == server.coordinator.serving().state
 
     play(story)
 

@@ -109,7 +109,7 @@ async def test_request_does_not_cause_a_switch_back(auto: Server) -> None:
     auto.host.release("step", "llama")
     assert 200 == (await running).status_code
     await auto.settled()
-    assert "qwen" == auto.coordinator.target
+    assert "qwen" == auto.coordinator.serving().target
 
     late = await ask(auto, "llama", "none")
 

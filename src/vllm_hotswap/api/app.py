@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -76,27 +75,7 @@ class HotswapApp:
         self.coordinator = Coordinator(
             host, observer, switching, model_settings, clock, limits, recovery
         )
-        self.metrics = SwitchMetrics(
-            active=lambda: self.coordinator.active,
-            epoch=lambda: self.coordinator.epoch,
-            in_flight=lambda: {m.alias: len(m.leases) for m in self.coordinator.registry},
-            held_back=lambda: {
-                m.alias: sum(lease.held_back for lease in m.leases)
-                for m in self.coordinator.registry
-            },
-            parked=lambda: {m.alias: len(m.parked) for m in self.coordinator.registry},
-            waiting=lambda: {
-                m.alias: self.coordinator.waiting_for(m) for m in self.coordinator.registry
-            },
-            is_ready=lambda: self.coordinator.is_ready,
-            held=lambda: {m.alias: m.held.device for m in self.coordinator.registry},
-            waking=lambda: {
-                m.alias: m.waking.done_bytes if m.waking else 0 for m in self.coordinator.registry
-            },
-            budget=lambda: self.coordinator.ladder.plans.budget.device,
-            job_leases=lambda: Counter(lease.model for lease in self.coordinator.jobs.leases),
-            aliases=self.coordinator.registry.aliases,
-        )
+        self.metrics = SwitchMetrics(self.coordinator.snapshot)
         observer.add(self.metrics)
         self._rates = Rates(self.limits, clock, is_local)
         isolation = isolation or IsolationConfig()
@@ -107,7 +86,7 @@ class HotswapApp:
         admin = Admin(self.coordinator, host, [self.metrics.registry, *engine_metrics])
         moves = Operations(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
-        self.feed = EventFeed(admin.snapshot)
+        self.feed = EventFeed(admin.status_answer)
         observer.add(self.feed)
         jobs = JobRoutes(self.coordinator)
         own = own_routes(

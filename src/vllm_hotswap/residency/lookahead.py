@@ -44,7 +44,7 @@ class PrefetchRun:
     """Its wake. None: it does not sleep, cannot wake in slices, or there is no room."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PredictionStats:
     """How useful predictions and announcements have been so far."""
 
@@ -126,10 +126,8 @@ class Lookahead:
         if predicted is None:
             return
         is_hit = predicted.alias == target.alias
-        if is_hit:
-            self.stats.hits += 1
-        else:
-            self.stats.misses += 1
+        stats = self.stats
+        self.stats = replace(stats, hits=stats.hits + is_hit, misses=stats.misses + (not is_hit))
         event = PredictionSettled(self._epoch(), predicted.alias, target.alias, is_hit)
         self._observer.notify(event)
         if self._run is not None:
@@ -171,11 +169,11 @@ class Lookahead:
             self._give_up_wake(run)
         if run.prefetch is None or run.prefetch.is_explicit:
             return
-        read_bytes = run.prefetch.read_bytes
+        stats, read_bytes = self.stats, run.prefetch.read_bytes
         if is_used:
-            self.stats.used_bytes += read_bytes
+            self.stats = replace(stats, used_bytes=stats.used_bytes + read_bytes)
         else:
-            self.stats.wasted_bytes += read_bytes
+            self.stats = replace(stats, wasted_bytes=stats.wasted_bytes + read_bytes)
             self._cancel(run)
         self._observer.notify(PrefetchSettled(self._epoch(), run.model.alias, read_bytes, is_used))
 

@@ -544,19 +544,18 @@ def _announce(app: HotswapApp, listener: Listener) -> None:
 
 def banner(app: HotswapApp, address: str) -> str:
     """Describe what is served, where, and which model is active."""
-    coordinator = app.coordinator
-    width = max(len(alias) for alias in coordinator.registry.aliases)
-    lines = [f"vllm-hotswap {__version__}  {address}  active: {coordinator.active}"]
-    if app.host.is_fake:
+    server = app.coordinator.snapshot()
+    width = max(len(model.alias) for model in server.models)
+    lines = [f"vllm-hotswap {__version__}  {address}  active: {server.serving.active}"]
+    if server.is_fake:
         lines.append("  FAKE ENGINES: answers are made up, no model is loaded")
-    for model in coordinator.registry:
-        memory = model.engine.memory
+    for model in server.models:
         holds = (
-            f"weights {memory.weights_bytes / (1 << 20):8.1f} MiB   "
-            f"KV {memory.kv_bytes / (1 << 20):8.1f} MiB"
+            f"weights {model.memory.weights_bytes / (1 << 20):8.1f} MiB   "
+            f"KV {model.memory.kv_bytes / (1 << 20):8.1f} MiB"
         )
         lines.append(f"  {model.alias:<{width}}  {model.residency.value:<9} {holds}")
     if app.access.is_switching_closed:
-        what = "admin routes are" if coordinator.is_automatic else "switching is"
+        what = "admin routes are" if app.coordinator.is_automatic else "switching is"
         lines.append(f"  {what} closed: {HOW_TO_OPEN}")
     return "\n".join(lines)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from vllm_hotswap.switching.coordinator import Coordinator
 from vllm_hotswap.switching.job_leases import JobLease
-from vllm_hotswap.switching.jobs import Jobs
+from vllm_hotswap.switching.snapshot import (
+    MemoryUse,
+    ModelSnapshot,
+    ServerSnapshot,
+    WakingSnapshot,
+)
 from vllm_hotswap.switching.state import Clock
 from vllm_hotswap.switching.switch import SwitchResult
 
@@ -12,6 +17,9 @@ __all__ = [
     "Clock",
     "Coordinator",
     "JobLease",
-    "Jobs",
+    "MemoryUse",
+    "ModelSnapshot",
+    "ServerSnapshot",
     "SwitchResult",
+    "WakingSnapshot",
 ]

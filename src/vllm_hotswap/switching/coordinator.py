@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
 from vllm_hotswap.config import DrainAction, LimitsConfig, RecoveryConfig, SwitchingConfig
 from vllm_hotswap.errors import EngineUnavailable
 from vllm_hotswap.events import Observer
-from vllm_hotswap.models import EngineHost, Lease, Model, ModelSettings, Registry, drain
+from vllm_hotswap.models import EngineHost, Lease, Model, ModelSettings, Registry, drain, total
 from vllm_hotswap.residency import (
     Ladder,
     Lookahead,
     Operations,
     Plan,
+    up_cost_s,
 )
 from vllm_hotswap.scheduling import DEFAULT_TERMS, RequestTerms
-from vllm_hotswap.states import ServerState
 from vllm_hotswap.switching.activation import Activation
 from vllm_hotswap.switching.admission import Admission, Leases, Preview
 from vllm_hotswap.switching.auto import AutoAdmission
@@ -32,6 +33,13 @@ from vllm_hotswap.switching.job_leases import JobLease
 from vllm_hotswap.switching.jobs import Jobs
 from vllm_hotswap.switching.manual import ManualAdmission
 from vllm_hotswap.switching.recovery import Recovery
+from vllm_hotswap.switching.snapshot import (
+    MemoryUse,
+    ModelSnapshot,
+    ServerSnapshot,
+    ServingSnapshot,
+    WakingSnapshot,
+)
 from vllm_hotswap.switching.startup import Startup
 from vllm_hotswap.switching.state import Clock, ServingState
 from vllm_hotswap.switching.switch import SwitchResult
@@ -142,8 +150,9 @@ class Coordinator:
     def __repr__(self) -> str:
         in_flight = sum(len(model.leases) for model in self.registry)
         return (
-            f"<Coordinator active={self.active} epoch={self.epoch} phase={self.phase.upper()} "
-            f"in_flight={in_flight} waiting={self.waiting}>"
+            f"<Coordinator active={self.active} epoch={self.epoch} "
+            f"phase={self._state.phase.upper()} in_flight={in_flight} "
+            f"waiting={self.admission.waiting}>"
         )
 
     def _on_serving(self) -> None:
@@ -163,26 +172,9 @@ class Coordinator:
         return self._state.epoch
 
     @property
-    def phase(self) -> str:
-        return self._state.phase
-
-    @property
-    def operation_id(self) -> str | None:
-        """Return the id of the switch under way, if any."""
-        return self._state.switch.operation_id if self._state.switch else None
-
-    @property
     def target(self) -> str | None:
         """Return the alias of the target of the switch under way, if any."""
         return self._state.target.alias if self._state.target else None
-
-    @property
-    def switches(self) -> int:
-        return self._state.switches
-
-    @property
-    def switches_failed(self) -> int:
-        return self._state.switches_failed
 
     @property
     def is_automatic(self) -> bool:
@@ -190,36 +182,70 @@ class Coordinator:
         return self._settings.mode == "auto"
 
     @property
-    def state(self) -> ServerState:
-        return self._state.server_state
-
-    @property
-    def failure(self) -> str | None:
-        """Return why nothing can be served, or None."""
-        return self._state.failure
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests for the active model are served now; in the mode `auto`, in turn."""
-        state = self._state
-        return state.why_down is None and state.is_there and self.admission.is_open
-
-    @property
     def given_up(self) -> asyncio.Future[str]:
         """Future that is done when the server has given up, without having been stopped."""
         return self._state.given_up
 
-    @property
-    def waiting(self) -> int:
-        """Return how many requests wait for their model, without parked ones."""
-        return self.admission.waiting
+    def serving(self) -> ServingSnapshot:
+        """Return what is served now; cheap enough for callers without a key."""
+        state = self._state
+        return ServingSnapshot(
+            state=state.server_state,
+            active=state.active_alias,
+            epoch=state.epoch,
+            switch=None if state.switch is None else state.switch.snapshot(),
+            failure=state.failure,
+            is_ready=state.why_down is None and state.is_there and self.admission.is_open,
+        )
 
-    def waiting_for(self, model: Model) -> int:
-        return self.admission.waiting_for(model)
+    def snapshot(self) -> ServerSnapshot:
+        """Return the whole server now, as one value."""
+        state, ladder, now_s = self._state, self.ladder, self._state.clock()
+        leases = tuple(self.jobs.leases)
+        held = Counter(lease.model for lease in leases)
+        models = tuple(
+            self._snapshot_of(model, now_s, held[model.alias]) for model in self.registry
+        )
+        return ServerSnapshot(
+            now_s=now_s,
+            serving=self.serving(),
+            waiting=self.admission.waiting,
+            models=models,
+            memory=MemoryUse(
+                budget=ladder.plans.budget,
+                used=total(model.held for model in models),
+                prefetched_bytes=ladder.prefetches.held_bytes,
+                base_bytes=self._host.base_bytes,
+                others_bytes=self._host.others_bytes,
+            ),
+            switches=state.switches,
+            switches_failed=state.switches_failed,
+            job_leases=leases,
+            predicted=self.lookahead.predicted,
+            predictions=self.lookahead.stats,
+            is_fake=self._host.is_fake,
+            host_restarts=self.recovery.restarts,
+        )
 
-    def idle_s(self, model: Model) -> float | None:
-        """Return the seconds since the model was last used; None if it never was."""
-        return None if model.last_used_s is None else self._state.clock() - model.last_used_s
+    def _snapshot_of(self, model: Model, now_s: float, job_leases: int) -> ModelSnapshot:
+        waking = model.waking
+        return ModelSnapshot(
+            alias=model.alias,
+            residency=model.residency,
+            is_active=model is self._state.active,
+            in_flight=len(model.leases),
+            parked=len(model.parked),
+            held_back=sum(lease.held_back for lease in model.leases),
+            waiting=self.admission.waiting_for(model),
+            memory=model.engine.memory,
+            held=model.held,
+            waking=WakingSnapshot(waking.done_bytes, waking.total_bytes) if waking else None,
+            pinned=model.pinned,
+            job_leases=job_leases,
+            idle_s=None if model.last_used_s is None else now_s - model.last_used_s,
+            switch_cost_s=up_cost_s(model, model.residency),
+            failure=model.failure,
+        )
 
     def max_wait_s(self, model: Model) -> float:
         """Return after how long a waiting request of the model is due, unless it says otherwise."""

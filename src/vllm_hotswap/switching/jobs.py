@@ -66,8 +66,10 @@ class Jobs:
     def leases(self) -> list[JobLease]:
         return list(self._leases)
 
-    def expires_in_s(self, lease: JobLease) -> float:
-        return lease.expires_in_s(self._clock())
+    @property
+    def now_s(self) -> float:
+        """The time on the clock of its leases."""
+        return self._clock()
 
     def refuse_other(self, model: str) -> None:
         """Check that no other model is held. Raises `ModelLeased`."""
@@ -135,7 +137,7 @@ class Jobs:
         return lease
 
     def _notify(self, lease: JobLease, change: JobLeaseChange, key: str = "") -> None:
-        left_s, epoch = self.expires_in_s(lease), self._server.epoch
+        left_s, epoch = lease.expires_in_s(self._clock()), self._server.epoch
         self._observer.notify(
             JobLeaseChanged(epoch, lease.id, lease.model, lease.owner, change, left_s, key)
         )

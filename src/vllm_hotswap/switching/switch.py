@@ -10,6 +10,7 @@ from vllm_hotswap.config import DrainAction
 from vllm_hotswap.models import Model
 from vllm_hotswap.residency import Move
 from vllm_hotswap.states import Residency, SwitchPhase
+from vllm_hotswap.switching.snapshot import SwitchSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,9 @@ class Switch:
     memory_unloaded_bytes: int = 0
     evicted: tuple[Move, ...] = ()
     task: asyncio.Task[SwitchResult] | None = None
+
+    def snapshot(self) -> SwitchSnapshot:
+        return SwitchSnapshot(self.operation_id, self.target.alias, self.phase.value)
 
     @property
     def is_patient(self) -> bool:

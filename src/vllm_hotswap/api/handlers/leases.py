@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vllm_hotswap.api.handlers.residency import Body, caller_of, parse_body
 from vllm_hotswap.api.schemas import JobLeaseAnswer, JobLeaseList, RevokedLease
-from vllm_hotswap.switching import Coordinator, JobLease, Jobs
+from vllm_hotswap.switching import Coordinator, JobLease
 
 
 class LeaseOptions(Body):
@@ -36,7 +38,8 @@ class JobRoutes:
 
     async def show(self, request: Request) -> Response:
         tells_keys = caller_of(request).role == "admin"
-        body: JobLeaseList = {"leases": leases_body(self._coordinator.jobs, tells_keys)}
+        jobs = self._coordinator.jobs
+        body: JobLeaseList = {"leases": leases_body(jobs.leases, jobs.now_s, tells_keys)}
         return JSONResponse(body)
 
     async def hold(self, request: Request) -> Response:
@@ -44,12 +47,12 @@ class JobRoutes:
         lease = await self._coordinator.hold(
             options.model, options.owner, options.ttl, options.note, caller_of(request).key
         )
-        return JSONResponse(lease_body(lease, self._coordinator.jobs, tells_key=True))
+        return JSONResponse(lease_body(lease, self._coordinator.jobs.now_s, tells_key=True))
 
     async def renew(self, request: Request) -> Response:
         options, jobs = parse_body(RenewOptions, await request.body()), self._coordinator.jobs
         lease = jobs.renew(request.path_params["id"], options.ttl, caller_of(request).key)
-        return JSONResponse(lease_body(lease, jobs, tells_key=True))
+        return JSONResponse(lease_body(lease, jobs.now_s, tells_key=True))
 
     async def revoke(self, request: Request) -> Response:
         jobs, key = self._coordinator.jobs, caller_of(request).key
@@ -58,12 +61,14 @@ class JobRoutes:
         return JSONResponse(body)
 
 
-def leases_body(jobs: Jobs, tells_keys: bool = False) -> list[JobLeaseAnswer]:
+def leases_body(
+    leases: Iterable[JobLease], now_s: float, tells_keys: bool = False
+) -> list[JobLeaseAnswer]:
     """List job leases, as JSON."""
-    return [lease_body(lease, jobs, tells_keys) for lease in jobs.leases]
+    return [lease_body(lease, now_s, tells_keys) for lease in leases]
 
 
-def lease_body(lease: JobLease, jobs: Jobs, tells_key: bool) -> JobLeaseAnswer:
+def lease_body(lease: JobLease, now_s: float, tells_key: bool) -> JobLeaseAnswer:
     """Return a job lease as JSON. The key that took it is for admins alone (`tells_key`)."""
     body: JobLeaseAnswer = {
         "id": lease.id,
@@ -71,7 +76,7 @@ def lease_body(lease: JobLease, jobs: Jobs, tells_key: bool) -> JobLeaseAnswer:
         "owner": lease.owner,
         "note": lease.note,
         "created": lease.created,
-        "expires_in_s": round(jobs.expires_in_s(lease), 3),
+        "expires_in_s": round(lease.expires_in_s(now_s), 3),
         "pending": lease.is_pending,
     }
     if tells_key and lease.key:

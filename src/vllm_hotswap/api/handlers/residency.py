@@ -22,7 +22,7 @@ from vllm_hotswap.api.schemas import (
 )
 from vllm_hotswap.errors import InvalidRequest
 from vllm_hotswap.models import Usage
-from vllm_hotswap.residency import Lookahead, Move, OperationResult, Plan
+from vllm_hotswap.residency import Move, OperationResult, Plan, Prediction, PredictionStats
 from vllm_hotswap.switching import Coordinator
 from vllm_hotswap.text import as_utf8
 
@@ -174,9 +174,8 @@ def plan_body(plan: Plan, active: str | None) -> PlanAnswer:
     }
 
 
-def predictions_body(lookahead: Lookahead) -> PredictionStatus:
-    """Return how useful predictions were, as JSON."""
-    predicted, stats = lookahead.predicted, lookahead.stats
+def predictions_body(predicted: Prediction | None, stats: PredictionStats) -> PredictionStatus:
+    """Return the model that is expected next, and how useful predictions were, as JSON."""
     return {
         "next": None
         if predicted is None

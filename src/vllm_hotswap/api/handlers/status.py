@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,16 @@ from vllm_hotswap.api.schemas import (
 )
 from vllm_hotswap.config import DrainAction
 from vllm_hotswap.errors import EngineUnavailable, InvalidRequest, NotReady
-from vllm_hotswap.models import EngineHost, Model
-from vllm_hotswap.residency import up_cost_s
+from vllm_hotswap.models import EngineHost, HostStats, Model
 from vllm_hotswap.states import Residency, ServerState
-from vllm_hotswap.switching import Coordinator, SwitchResult
+from vllm_hotswap.switching import (
+    Coordinator,
+    MemoryUse,
+    ModelSnapshot,
+    ServerSnapshot,
+    SwitchResult,
+    WakingSnapshot,
+)
 from vllm_hotswap.telemetry import metrics
 from vllm_hotswap.text import as_utf8
 
@@ -72,12 +78,13 @@ class Admin:
         self._registries = registries
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse(model_list(self._coordinator))
+        coordinator = self._coordinator
+        return JSONResponse(model_list(coordinator.registry, coordinator.active))
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["alias"]
         model = self._coordinator.registry.owner(name)
-        return JSONResponse(named_card(name, model, self._coordinator))
+        return JSONResponse(named_card(name, model, self._coordinator.active))
 
     async def switch(self, request: Request) -> Response:
         call = _parse(await request.body())
@@ -87,50 +94,28 @@ class Admin:
         return JSONResponse(switch_body(result))
 
     async def status(self, request: Request) -> Response:
-        return JSONResponse(self.snapshot())
+        return JSONResponse(self.status_answer())
 
-    def snapshot(self) -> StatusAnswer:
+    def status_answer(self) -> StatusAnswer:
         """Return the state of the server as JSON; sizes in bytes, times in seconds."""
-        coordinator, stats = self._coordinator, self._host.stats()
-        return {
-            "state": coordinator.state.value,
-            "active": coordinator.active,
-            "epoch": coordinator.epoch,
-            "phase": coordinator.phase,
-            "operation_id": coordinator.operation_id,
-            "target": coordinator.target,
-            "waiting": coordinator.waiting,
-            "failure": redact_if_any(coordinator.failure),
-            "models": {
-                model.alias: _model_status(model, coordinator) for model in coordinator.registry
-            },
-            "host": {
-                "is_fake": self._host.is_fake,
-                "pid": stats.pid,
-                "used_bytes": stats.used_bytes,
-                "restarts": coordinator.recovery.restarts,
-            },
-            "memory": _memory(coordinator, self._host),
-            "switches": {"total": coordinator.switches, "failed": coordinator.switches_failed},
-            "job_leases": leases_body(coordinator.jobs),
-            "predictions": predictions_body(coordinator.lookahead),
-        }
+        return status_body(self._coordinator.snapshot(), self._host.stats())
 
     async def health(self, request: Request) -> Response:
         """Answer 200 while the server serves, or can recover by itself."""
-        if self._coordinator.state is ServerState.FAILED:
-            raise EngineUnavailable(self._coordinator.failure or "")
+        serving = self._coordinator.serving()
+        if serving.state is ServerState.FAILED:
+            raise EngineUnavailable(serving.failure or "")
         return Response(status_code=200)
 
     async def ready(self, request: Request) -> Response:
-        coordinator = self._coordinator
-        if not coordinator.is_ready:
-            reason = coordinator.failure or f"phase {coordinator.phase}"
-            raise NotReady(f"the server is {coordinator.state.value}: {reason}; retry later")
+        serving = self._coordinator.serving()
+        if not serving.is_ready:
+            reason = serving.failure or f"phase {serving.phase}"
+            raise NotReady(f"the server is {serving.state.value}: {reason}; retry later")
         body: ReadyAnswer = {
             "ready": True,
-            "active": coordinator.active,
-            "epoch": coordinator.epoch,
+            "active": serving.active,
+            "epoch": serving.epoch,
         }
         return JSONResponse(body)
 
@@ -139,13 +124,12 @@ class Admin:
         return Response(body, headers={"content-type": metrics.CONTENT_TYPE})
 
 
-def model_card(model: Model, coordinator: Coordinator) -> dict[str, Any]:
-    """Return vLLM's model card of a model, with our status."""
-    active = coordinator.active == model.alias
+def model_card(model: Model, active: str | None) -> dict[str, Any]:
+    """Return vLLM's model card of a model, with our status; `active` is the active alias."""
     status: dict[str, Any] = {
         "value": STATUS_VALUES[model.residency],
         "residency": model.residency.value,
-        "active": active,
+        "active": model.alias == active,
     }
     if model.residency is Residency.FAILED:
         status["failed"] = True
@@ -167,9 +151,9 @@ def _root(card: Mapping[str, object]) -> str:
     return root.name if root.is_absolute() else str(root)
 
 
-def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, Any]:
+def named_card(name: str, model: Model, active: str | None) -> dict[str, Any]:
     """Return the card for a name: any name of the model, or one of its adapters."""
-    card = {**model_card(model, coordinator), "id": name}
+    card = {**model_card(model, active), "id": name}
     if (adapter := model.engine.adapters.get(name)) is None:
         return card
     failed = {"failed": True} if adapter.failure is not None else {}
@@ -181,13 +165,13 @@ def named_card(name: str, model: Model, coordinator: Coordinator) -> dict[str, A
     }
 
 
-def model_list(coordinator: Coordinator) -> dict[str, Any]:
+def model_list(models: Iterable[Model], active: str | None) -> dict[str, Any]:
     """Return OpenAI's model list: every name of every configured model, whatever its residency."""
     return {
         "object": "list",
         "data": [
-            named_card(name, model, coordinator)
-            for model in coordinator.registry
+            named_card(name, model, active)
+            for model in models
             for name in (model.alias, *model.engine.aliases, *model.engine.adapters)
         ],
     }
@@ -234,44 +218,67 @@ def _parse(body: bytes) -> SwitchRequest:
         ) from None
 
 
-def _model_status(model: Model, coordinator: Coordinator) -> ModelStatus:
-    memory = model.engine.memory
+def status_body(server: ServerSnapshot, host: HostStats) -> StatusAnswer:
+    """Return the state of the server as JSON; sizes in bytes, times in seconds."""
+    serving, switch = server.serving, server.serving.switch
+    return {
+        "state": serving.state.value,
+        "active": serving.active,
+        "epoch": serving.epoch,
+        "phase": serving.phase,
+        "operation_id": switch.operation_id if switch else None,
+        "target": serving.target,
+        "waiting": server.waiting,
+        "failure": redact_if_any(serving.failure),
+        "models": {model.alias: _model_status(model) for model in server.models},
+        "host": {
+            "is_fake": server.is_fake,
+            "pid": host.pid,
+            "used_bytes": host.used_bytes,
+            "restarts": server.host_restarts,
+        },
+        "memory": _memory(server.memory),
+        "switches": {"total": server.switches, "failed": server.switches_failed},
+        "job_leases": leases_body(server.job_leases, server.now_s),
+        "predictions": predictions_body(server.predicted, server.predictions),
+    }
+
+
+def _model_status(model: ModelSnapshot) -> ModelStatus:
     return {
         "residency": model.residency.value,
-        "in_flight": len(model.leases),
-        "parked": len(model.parked),
-        "waiting": coordinator.waiting_for(model),
-        "weights_bytes": memory.weights_bytes,
-        "kv_bytes": memory.kv_bytes,
+        "in_flight": model.in_flight,
+        "parked": model.parked,
+        "waiting": model.waiting,
+        "weights_bytes": model.memory.weights_bytes,
+        "kv_bytes": model.memory.kv_bytes,
         "held": usage_body(model.held),
-        "waking": _waking(model),
+        "waking": _waking(model.waking),
         "pinned": model.pinned,
-        "idle_s": coordinator.idle_s(model),
-        "switch_cost_s": round(up_cost_s(model, model.residency), 3),
+        "idle_s": model.idle_s,
+        "switch_cost_s": round(model.switch_cost_s, 3),
         "failed": redact_if_any(model.failure),
     }
 
 
-def _waking(model: Model) -> WakingStatus | None:
-    if (waking := model.waking) is None:
+def _waking(waking: WakingSnapshot | None) -> WakingStatus | None:
+    if waking is None:
         return None
     return {"done_bytes": waking.done_bytes, "total_bytes": waking.total_bytes}
 
 
-def _memory(coordinator: Coordinator, host: EngineHost) -> MemoryStatus:
+def _memory(memory: MemoryUse) -> MemoryStatus:
     """Return budgets and what models hold; for the device, with what the host itself holds."""
-    plans, base = coordinator.ladder.plans, host.base_bytes
-    budget, used = plans.budget, plans.used
     return {
         "device": {
-            "budget": budget.device + base,
-            "used": used.device + base,
-            "base": base,
-            "others": host.others_bytes,
+            "budget": memory.budget.device + memory.base_bytes,
+            "used": memory.used.device + memory.base_bytes,
+            "base": memory.base_bytes,
+            "others": memory.others_bytes,
         },
         "host": {
-            "budget": budget.host,
-            "used": used.host + coordinator.ladder.prefetches.held_bytes,
+            "budget": memory.budget.host,
+            "used": memory.used.host + memory.prefetched_bytes,
         },
     }
 
