@@ -371,7 +371,7 @@ class Host(FakeHost):
     def repair(self) -> None:
         """Remove all faults."""
         self.let_go()
-        self._failures.clear()
+        self._gates.forget_failures()
         for engine in self.engines.values():
             known = [canary for alias, canary in self.canaries if alias == engine.alias]
             engine.missing_files, engine.canary = False, known[0] if known else "canary"

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from tests.repository.test_architecture import imports, modules
+from tests.repository.test_architecture import files, imported
 from tools.vllm_seams.__main__ import main as check_vllm
 from vllm_hotswap.api.vllm_routes import VLLM_USER_ROUTES
 from vllm_hotswap.demo.quickstart import MODELS
@@ -21,8 +21,8 @@ from vllm_hotswap.models.routes import ModelRoutes
 
 def imported_from_vllm() -> Iterator[str]:
     """Return dotted names of all of vLLM's modules, and of their imports, in the package."""
-    for _, path in modules():
-        yield from (name for name in imports(path) if name.startswith("vllm."))
+    for path in files():
+        yield from (name for name in imported(path) if name.startswith("vllm."))
 
 
 def is_there(name: str) -> bool:

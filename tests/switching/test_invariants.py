@@ -730,7 +730,7 @@ class TruthfulHealth(Invariant):
         bound_s = RECOVERY.max_backoff + (RECOVERY.load_timeout if world.hangs else 0) + 1
         tries = self._down_s is None or now_s - self._down_s <= bound_s
         self.expect(tries, "nobody is active, and nobody tries to change that")
-        is_hung = world.host.is_hung and not world.coordinator.recovery.is_host_down  # nor starting
+        is_hung = world.host.is_hung and not world.coordinator._state.host_is_gone  # nor starting
         self._hung_s = (self._hung_s or now_s) if is_hung and not over else None
         seen = self._hung_s is None or now_s - self._hung_s <= RECOVERY.hang_timeout + 2
         self.expect(seen, "the host hangs, and nobody sees it")

@@ -69,9 +69,9 @@ async def test_the_parts_of_a_snapshot_sum_up(make_server: MakeServer) -> None:
     await server.post("/admin/models/qwen/sleep", json={"level": 1})
     seen = server.coordinator.snapshot()
 
-    assert server.coordinator.ladder.used == seen.memory.used
+    assert server.coordinator.ladder.plans.used == seen.memory.used
     assert seen.memory.used.device == sum(model.held.device for model in seen.models)
-    assert server.coordinator.ladder.budget == seen.memory.budget
+    assert server.coordinator.ladder.plans.budget == seen.memory.budget
 
 
 async def test_a_snapshot_counts_job_leases_by_model(server: Server) -> None:

@@ -38,6 +38,10 @@ class Gates:
         failure = error or HotswapError(f"{operation} of {alias!r} was made to fail")
         self._failures[operation, alias].append(failure)
 
+    def forget_failures(self) -> None:
+        """Let every operation succeed that was to fail."""
+        self._failures.clear()
+
     async def wait(self, operation: str, alias: str) -> None:
         """Wait as long as the operation is held."""
         if gate := self._gates.get((operation, alias)):
