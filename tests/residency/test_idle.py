@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
 
@@ -16,9 +17,11 @@ from vllm_hotswap.testing.fake_settings import FakeSettings
 class Clocked:
     """A coordinator with a clock set by the test; a is active, b and c rest when idle."""
 
-    def __init__(self, **policies: ModelSettings) -> None:
+    def __init__(
+        self, fakes: Mapping[str, FakeSettings] | None = None, **policies: ModelSettings
+    ) -> None:
         self.now = 1000.0
-        self.host = FakeHost(("a", "b", "c"))
+        self.host = FakeHost(("a", "b", "c"), fakes)
         self.events = Recorder()
         self.coordinator = Coordinator(
             self.host, self.events, model_settings=policies, clock=lambda: self.now
@@ -88,9 +91,8 @@ async def test_pinned_and_busy_models_do_not_rest() -> None:
 
 async def test_model_whose_device_knows_no_sleep_is_only_unloaded() -> None:
     """A model whose device cannot sleep is only unloaded; its time to sleep has no effect."""
-    clocked = Clocked(b=ModelSettings(idle_sleep_s=10, idle_unload_s=20))
-    clocked.host.engines["b"].settings = FakeSettings(levels=frozenset())
-    await clocked.start()
+    awake = {"b": FakeSettings(levels=frozenset())}
+    clocked = await Clocked(awake, b=ModelSettings(idle_sleep_s=10, idle_unload_s=20)).start()
 
     assert "parked" == (await clocked.after(15))["b"]
     assert "cold" == (await clocked.after(5))["b"]
