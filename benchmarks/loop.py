@@ -156,7 +156,7 @@ def measure(server: Server, case: str, model: str, things: int) -> dict[str, Any
     with ThreadPoolExecutor(1) as sender:
         began_s = time.perf_counter()
         sending = sender.submit(server.call, path, body)
-        while not sending.done():
+        while not waits or not sending.done():  # one at least, however fast the answer is
             waits.append(health_ms(probe))
             time.sleep(PAUSE_S)
         status, size = sending.result()

@@ -172,6 +172,7 @@ import sys
 from vllm_hotswap.demo import quickstart as demo
 
 demo.SERVER_MODULE = "tests.helpers.serving"  # its model answers nothing until it is told to stop
+demo.STOP_S = 2  # it would wait a minute for its request
 demo.online_flow = lambda client: demo.chat(client, "llama")
 sys.exit(demo.run(int(sys.argv[1])))
 """

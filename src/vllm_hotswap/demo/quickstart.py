@@ -42,6 +42,9 @@ PORT = 8000
 
 SERVER_MODULE = "vllm_hotswap.entrypoints.openai.multi_model_api_server"
 
+STOP_S = 30.0
+"""Seconds that the server gets to stop by itself."""
+
 START_TIMEOUT_S = 600.0
 
 STARTING = "starting ..."
@@ -328,7 +331,7 @@ def _end_when_orphaned() -> None:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(timeout=30)
+        process.wait(timeout=STOP_S)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
