@@ -1,7 +1,7 @@
 """Events as values, and the protocol of their observers.
 
-The coordinator emits; logs, metrics and tests observe. Every event carries the epoch in
-which it happened.
+`switching` and `residency` emit them; logs, metrics and tests observe. Every event carries the
+epoch in which it happened.
 """
 
 from __future__ import annotations

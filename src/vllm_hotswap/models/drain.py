@@ -1,6 +1,6 @@
 """Waiting for the requests of one model, aborting them, and parking them.
 
-Nothing here decides anything: the coordinator does.
+Nothing here decides anything: `switching` does.
 """
 
 from __future__ import annotations

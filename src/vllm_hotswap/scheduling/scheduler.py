@@ -1,6 +1,6 @@
 """Which requests wait for which model, and what the policy decides.
 
-The coordinator and the simulator both drive this one class: arrivals, departures and activations go
+The mode `auto` and the simulator both drive this one class: arrivals, departures and activations go
 in, admissions and decisions come out. It knows no engine and no clock: its callers pass the time.
 """
 

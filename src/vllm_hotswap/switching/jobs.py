@@ -1,6 +1,6 @@
 """Models that are held for jobs: leases are granted, renewed, revoked, and expire.
 
-The coordinator enforces what a lease means for switches. A lease counts from when it is asked for,
+`Switcher` enforces what a lease means for switches. A lease counts from when it is asked for,
 so that no other switch can start in the moment in which its model becomes active.
 """
 
