@@ -102,9 +102,9 @@ async def app(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HotswapApp]:
 
     host = FakeHost(("llama",))
     engine = host.engines["llama"]
-    engine._app = reached  # type: ignore[assignment]
+    engine._frontend.app = reached  # type: ignore[assignment]
     engine._routes = ModelRoutes.of((), [Mount("/", reached)])
-    engine._kept = KeepsEverything("llama", engine.tokens)
+    engine._frontend.responses = KeepsEverything("llama", engine.tokens, engine._frontend._count)
     app = HotswapApp(host, Access(user_keys=("user",), admin_keys=("admin",)))
     monkeypatch.setattr(app.router.owners, "check", lambda *_: None)  # each requests its own
     await host.start()

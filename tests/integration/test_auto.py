@@ -131,7 +131,7 @@ def test_wrong_task_loads_and_switches_nothing(
 
     error = refused.json()["error"]
     assert (404, "wrong_task") == (refused.status_code, error["code"])
-    assert f"it serves {task};" in error["message"]
+    assert f"(it serves {task})" in error["message"]
     assert ("cold", before["epoch"]) == (after["models"][alias]["residency"], after["epoch"])
 
 

@@ -118,7 +118,7 @@ class Core:
     [
         (
             SamplingParams(stop=[HALF]),
-            r"has \\ud83d, half of a surrogate pair, which is not a character",
+            r"contains \\ud83d, half of a surrogate pair, which is not a character",
         ),
         (SamplingParams(stop_token_ids=[1 << 64]), "does not fit into 64 bits"),
     ],

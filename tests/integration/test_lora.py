@@ -413,7 +413,7 @@ def test_a_rank_on_the_command_line_counts(tmp_path: Path) -> None:
         ("[{name: 1, path: a}]", "needs a name and a path"),
         ("[{path: a}]", "missing 1 required positional argument: 'name'"),
         ("[{name: a, path: a, base_model_name: x}]", "it can only be 'm'; leave it out"),
-        ("[m=good]", "the name 'm' is given twice"),
+        ("[m=good]", "the name 'm' is used twice"),
         ("[nonsense]", "nonsense"),
     ],
 )

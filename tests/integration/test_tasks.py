@@ -284,7 +284,7 @@ def test_a_conversation_goes_on_with_its_own_model_alone(server: ServerProcess) 
 
     assert (200, "llama") == (unnamed.status_code, unnamed.json()["model"])
     assert (400, "previous_response_id") == (other.status_code, error(other)["param"])
-    assert "is a response of model 'llama'" in error(other)["message"]
+    assert "belongs to model 'llama'" in error(other)["message"]
 
 
 def test_a_drain_waits_for_work_in_the_background(server: ServerProcess) -> None:
