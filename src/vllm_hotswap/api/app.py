@@ -22,7 +22,7 @@ from vllm_hotswap.api.cross_site import CrossSite
 from vllm_hotswap.api.feed import EventFeed
 from vllm_hotswap.api.handlers.adapters import AdapterRoutes
 from vllm_hotswap.api.handlers.leases import JobRoutes
-from vllm_hotswap.api.handlers.residency import CALLER, Operations
+from vllm_hotswap.api.handlers.residency import CALLER, MoveRoutes
 from vllm_hotswap.api.handlers.status import Admin
 from vllm_hotswap.api.openapi import describe
 from vllm_hotswap.api.rates import Rates
@@ -84,7 +84,7 @@ class HotswapApp:
         )
         self.own_bodies = Bodies(self.limits, are_own=True)
         admin = Admin(self.coordinator, host, [self.metrics.registry, *engine_metrics])
-        moves = Operations(self.coordinator)
+        moves = MoveRoutes(self.coordinator)
         adapters = AdapterRoutes(self.coordinator, adapter_folders)
         self.feed = EventFeed(admin.status_answer)
         observer.add(self.feed)

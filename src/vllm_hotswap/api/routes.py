@@ -14,9 +14,9 @@ from vllm_hotswap.api.handlers.adapters import (
 )
 from vllm_hotswap.api.handlers.leases import JobRoutes, LeaseOptions, RenewOptions
 from vllm_hotswap.api.handlers.residency import (
+    MoveRoutes,
     NextOptions,
     NoOptions,
-    Operations,
     PinOptions,
     PlanQuery,
     PrefetchOptions,
@@ -104,7 +104,7 @@ def for_admins(route: Route) -> Route:
 
 def own_routes(
     admin: Admin,
-    moves: Operations,
+    moves: MoveRoutes,
     adapters: AdapterRoutes,
     jobs: JobRoutes,
     version: Handler,
@@ -165,7 +165,7 @@ def _jobs(jobs: JobRoutes) -> Iterator[Route]:
     yield Route("DELETE", "/admin/leases/{id}", ADMIN, jobs.revoke, doc)
 
 
-def _moves(moves: Operations) -> Iterator[Route]:
+def _moves(moves: MoveRoutes) -> Iterator[Route]:
     doc = RouteDoc("Load a model, up to `parked`", OperationAnswer, NoOptions, errors=UP)
     yield Route("POST", f"{MODEL}/load", ADMIN, moves.load, doc)
     doc = RouteDoc("Wake a sleeping model, up to `parked`", OperationAnswer, NoOptions, errors=UP)

@@ -301,6 +301,10 @@ class ModelSettings:
     """None: the server's."""
     weight: float = 1.0
 
+    def max_wait_or(self, default_s: float) -> float:
+        """Return after how long a waiting request is due: the model's own time, or the default."""
+        return default_s if self.max_wait_s is None else self.max_wait_s
+
 
 @dataclass(eq=False, slots=True)
 class Prefetch:

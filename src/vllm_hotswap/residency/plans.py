@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 
 from vllm_hotswap.errors import ConfigError, NoRoom
-from vllm_hotswap.models import EngineHost, Model, Registry, Usage
+from vllm_hotswap.models import EngineHost, Model, Registry, Usage, total
 from vllm_hotswap.residency.costs import up_cost_s
 from vllm_hotswap.residency.planner import (
     MemorySnapshot,
@@ -38,7 +38,8 @@ class Plans:
 
     @property
     def used(self) -> Usage:
-        return self.snapshot().used
+        """What models hold; as in `snapshot`, whose costs are not needed for that."""
+        return total(model.held for model in self._registry)
 
     def lacks_memory(self) -> bool:
         """Whether models count on more device memory than they may have."""

@@ -119,9 +119,9 @@ class AutoAdmission:
         return f"<AutoAdmission not_admitted={len(self._turns)} {self.scheduler!r}>"
 
     def _terms(self, model: Model) -> ModelTerms:
-        policy = model.settings
-        wait_s = self._settings.max_wait if policy.max_wait_s is None else policy.max_wait_s
-        return ModelTerms(model.alias, policy.priority, wait_s, policy.weight)
+        own = model.settings
+        wait_s = own.max_wait_or(self._settings.max_wait)
+        return ModelTerms(model.alias, own.priority, wait_s, own.weight)
 
     def _cost_s(self, source: str | None, target: str) -> float:
         model = self._registry.model(target)

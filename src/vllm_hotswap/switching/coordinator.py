@@ -41,7 +41,7 @@ from vllm_hotswap.switching.snapshot import (
     WakingSnapshot,
 )
 from vllm_hotswap.switching.startup import Startup
-from vllm_hotswap.switching.state import Clock, ServingState
+from vllm_hotswap.switching.state import SHUTTING_DOWN, Clock, ServingState
 from vllm_hotswap.switching.switch import SwitchResult
 from vllm_hotswap.switching.switcher import Switcher
 from vllm_hotswap.switching.transaction import SwitchTransaction
@@ -249,8 +249,7 @@ class Coordinator:
 
     def max_wait_s(self, model: Model) -> float:
         """Return after how long a waiting request of the model is due, unless it says otherwise."""
-        own_s = model.settings.max_wait_s
-        return self._settings.max_wait if own_s is None else own_s
+        return model.settings.max_wait_or(self._settings.max_wait)
 
     def usable(self, alias: str) -> Model:
         """Return the model with that alias.
@@ -283,10 +282,10 @@ class Coordinator:
 
     async def shut_down(self, timeout_s: float) -> None:
         """Admit nothing more; abort with an explicit error what still runs after `timeout_s`."""
-        self._state.end("the server is shutting down")
+        self._state.end(SHUTTING_DOWN)
         self.jobs.close()
         self.ladder.wakes.close()
-        gone = EngineUnavailable("the server is shutting down")
+        gone = EngineUnavailable(SHUTTING_DOWN)
         self.admission.close(gone)
         await self.recovery.stop()
         await self._switcher.stop(timeout_s)

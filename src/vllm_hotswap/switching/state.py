@@ -11,6 +11,9 @@ from vllm_hotswap.switching.switch import Switch
 
 Clock = Callable[[], float]
 
+SHUTTING_DOWN = "the server is shutting down"
+"""Why requests and the host are ended when the server stops."""
+
 
 class ServingState:
     """The mutable state of the server, besides leases and residencies.
@@ -95,8 +98,8 @@ class ServingState:
     @property
     def why_down(self) -> str | None:
         """Return why no model can be used at all, or None."""
-        if self.ended or self.host_down:
-            return self.ended or self.host_down
+        if why := self.ended or self.host_down:
+            return why
         died = self._host.died
         return died.result() if died.done() and not died.cancelled() else None
 

@@ -21,7 +21,7 @@ from vllm_hotswap.models import EngineHost, Model, Registry, drain
 from vllm_hotswap.residency import Ladder, Lookahead
 from vllm_hotswap.switching.admission import Admission
 from vllm_hotswap.switching.jobs import Jobs
-from vllm_hotswap.switching.state import ServingState
+from vllm_hotswap.switching.state import SHUTTING_DOWN, ServingState
 from vllm_hotswap.switching.switch import Switch, SwitchResult
 from vllm_hotswap.switching.transaction import SwitchTransaction
 from vllm_hotswap.tasks import Rate
@@ -259,12 +259,12 @@ class Switcher:
         """End the switch under way, if there is one: by itself, cancelled, or with the host."""
         if self._state.switch is None or self._state.switch.task is None:
             return
-        why, task = "the server is shutting down", self._state.switch.task
+        task = self._state.switch.task
         await asyncio.wait([task], timeout=timeout_s)
-        task.cancel(why)
+        task.cancel(SHUTTING_DOWN)
         await asyncio.wait([task], timeout=drain.CUT_GRACE_S)
         if not task.done():  # it waits for a host that is stuck
-            self._host.kill(why)
+            self._host.kill(SHUTTING_DOWN)
             await asyncio.wait([task])
 
     def _notify_ended(self, switch: Switch, duration_s: float, cause: BaseException | None) -> None:

@@ -70,7 +70,7 @@ class PlanQuery(BaseModel):
 Options = TypeVar("Options", bound=Body)
 
 
-class Operations:
+class MoveRoutes:
     """Handlers of `/admin/models/{alias}/{operation}`, `/admin/plan` and `/admin/next`."""
 
     def __init__(self, coordinator: Coordinator) -> None:
